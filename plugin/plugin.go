@@ -1,0 +1,125 @@
+/*
+   Copyright The guest-pull Authors.
+
+   Licensed under the Apache License, Version 2.0 (the "License");
+   you may not use this file except in compliance with the License.
+   You may obtain a copy of the License at
+
+       http://www.apache.org/licenses/LICENSE-2.0
+
+   Unless required by applicable law or agreed to in writing, software
+   distributed under the License is distributed on an "AS IS" BASIS,
+   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+   See the License for the specific language governing permissions and
+   limitations under the License.
+*/
+
+// Package plugin registers the guest-pull snapshotter with containerd. Import it
+// for that effect alone; the snapshotter itself is in package snapshotter, which
+// registers nothing.
+package plugin
+
+import (
+	"errors"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/containerd/v2/plugins"
+	"github.com/containerd/log"
+	"github.com/containerd/platforms"
+	"github.com/containerd/plugin"
+	"github.com/containerd/plugin/registry"
+
+	"github.com/guest-pull/guest-pull-snapshotter/plugin/snapshotter"
+)
+
+// ID is the name under which a runtime handler chooses the snapshotter.
+const ID = "guest-pull"
+
+// Config is the section [plugins.'io.containerd.snapshotter.v1.guest-pull'] of
+// containerd's configuration.
+type Config struct {
+	// RootPath is the directory of the snapshotter, the plugin's own below
+	// containerd's root when empty.
+	RootPath string `toml:"root_path"`
+
+	// MountType is the type of the mount by which a container of a guest-pulled
+	// image starts: "fuse." and the name or the absolute path of the mount
+	// helper.
+	MountType string `toml:"mount_type"`
+
+	// SyncRemove removes directories together with their snapshot instead of in
+	// the next garbage collection.
+	SyncRemove bool `toml:"sync_remove"`
+
+	// MountOptions are options for overlayfs.
+	MountOptions []string `toml:"mount_options"`
+}
+
+func init() {
+	registry.Register(&plugin.Registration{
+		Type:   plugins.SnapshotPlugin,
+		ID:     ID,
+		Config: &Config{MountType: snapshotter.DefaultMountType},
+		InitFn: initialize,
+	})
+}
+
+func initialize(ic *plugin.InitContext) (any, error) {
+	config, ok := ic.Config.(*Config)
+	if !ok {
+		return nil, errors.New("invalid guest-pull configuration")
+	}
+	root := config.RootPath
+	if root == "" {
+		root = ic.Properties[plugins.PropertyRootDir]
+	}
+
+	ic.Meta.Platforms = append(ic.Meta.Platforms, platforms.DefaultSpec())
+	ic.Meta.Exports[plugins.SnapshotterRootDir] = root
+	// Makes containerd's CRI put the image's reference and the digests of its
+	// manifest and layers into the labels of a layer.
+	ic.Meta.Exports["enable_remote_snapshot_annotations"] = "true"
+	// As the overlay snapshotter: IDs are mapped by mounts, never by chown.
+	ic.Meta.Capabilities = append(ic.Meta.Capabilities, "only-remap-ids")
+	if snapshotter.SupportsRemapIDs() {
+		ic.Meta.Capabilities = append(ic.Meta.Capabilities, "remap-ids")
+	}
+
+	s, err := snapshotter.New(ic.Context, root, snapshotter.Config{
+		MountType:    config.MountType,
+		MountOptions: config.MountOptions,
+		SyncRemove:   config.SyncRemove,
+	})
+	if err != nil {
+		return nil, err
+	}
+	logger := log.G(ic.Context).WithField("root", root).WithField("mount_type", config.MountType)
+	logger.Info("guest-pull snapshotter: images are left to the guest to pull")
+	for _, problem := range missingHelpers(config.MountType) {
+		logger.Warn(problem)
+	}
+	return s, nil
+}
+
+// missingHelpers says which programs are not found that containerd runs when it
+// mounts a container's root filesystem on the host (core/mount/mount_linux.go,
+// mountWithHelper). Pods start without them as long as it has no need to, so
+// they are no error.
+func missingHelpers(mountType string) (problems []string) {
+	if _, err := exec.LookPath("mount.fuse"); err != nil {
+		if _, err := exec.LookPath("mount.fuse3"); err != nil {
+			problems = append(problems, "mount.fuse is not in containerd's PATH: install the package fuse3")
+		}
+	}
+	helper := strings.TrimPrefix(mountType, "fuse.")
+	if _, err := exec.LookPath(helper); err != nil {
+		remedy := "install guest-pull-overlayfs under this name (make install)"
+		if filepath.IsAbs(helper) {
+			remedy = "install guest-pull-overlayfs at this path"
+		}
+		problems = append(problems, "the mount helper "+helper+" is not in containerd's PATH: "+remedy)
+	}
+	return problems
+}

@@ -1,0 +1,355 @@
+/*
+   Copyright The guest-pull Authors.
+
+   Licensed under the Apache License, Version 2.0 (the "License");
+   you may not use this file except in compliance with the License.
+   You may obtain a copy of the License at
+
+       http://www.apache.org/licenses/LICENSE-2.0
+
+   Unless required by applicable law or agreed to in writing, software
+   distributed under the License is distributed on an "AS IS" BASIS,
+   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+   See the License for the specific language governing permissions and
+   limitations under the License.
+*/
+
+// Package snapshotter is a containerd snapshotter for images that are pulled
+// inside a guest. No image content gets to the host through it:
+//
+//   - An image layer is a name, its chain ID. It has no row in the store, no
+//     directory and costs no write (layer.go).
+//   - A container's snapshot is one of containerd's own overlay snapshotter,
+//     which is embedded. When its ancestry ends in such a layer, its mount
+//     tells the Kata runtime to pull the image in the guest (mount.go).
+//   - Whatever would extract image content on the host is refused.
+//
+// Everything else behaves as the overlay snapshotter does.
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
+	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
+	"github.com/containerd/errdefs"
+	bolt "go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
+
+	"github.com/guest-pull/guest-pull-snapshotter/plugin/volume"
+)
+
+// snapshotter overrides of the embedded overlay snapshotter what differs for
+// layers and for containers of guest-pulled images.
+type snapshotter struct {
+	snapshots.Snapshotter
+	ms        *storage.MetaStore
+	mountType string
+	options   []string
+	empty     string // the lowerdir that all containers share
+}
+
+// New returns a snapshotter that keeps the snapshots of containers under root,
+// an absolute path, in the layout of the overlay snapshotter. A root that the
+// older guest-pull daemon left can be used.
+//
+// Errors of the configuration wrap errdefs.ErrInvalidArgument; all of them are
+// reported at once. It fails as well when root cannot be written, is on a file
+// system without d_type, or holds a database that cannot be read or that another
+// process has open; nothing is changed then.
+func New(ctx context.Context, root string, config Config) (snapshots.Snapshotter, error) {
+	config = config.withDefaults()
+	if err := errors.Join(validateRoot(root), config.Validate()); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(root, 0o700); err != nil {
+		return nil, fmt.Errorf("create the snapshotter's root: %w", err)
+	}
+
+	db := filepath.Join(root, "metadata.db")
+	ms, err := storage.NewMetaStore(db, func(o *bolt.Options) error {
+		// The daemon that this plugin replaces may still be running.
+		o.Timeout = 5 * time.Second
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	opts := []overlay.Opt{overlay.WithMetaStore(ms), overlay.WithMountOptions(config.MountOptions)}
+	if !config.SyncRemove {
+		opts = append(opts, overlay.AsynchronousRemove)
+	}
+	if SupportsRemapIDs() {
+		opts = append(opts, overlay.WithRemapIDs)
+	}
+	embedded, err := overlay.NewSnapshotter(root, opts...)
+	if err != nil {
+		return nil, fmt.Errorf("set up the snapshotter's root %s: %w", root, err)
+	}
+	s := &snapshotter{
+		Snapshotter: embedded,
+		ms:          ms,
+		mountType:   config.MountType,
+		options:     config.overlayOptions(),
+		empty:       filepath.Join(root, "empty"),
+	}
+	if err := s.open(ctx); err != nil {
+		if errors.Is(err, berrors.ErrTimeout) {
+			return nil, fmt.Errorf("open %s: another process has it open; stop the older snapshotter daemon, or give root_path a directory of its own: %w", db, err)
+		}
+		return nil, fmt.Errorf("read %s: move the file away and restart containerd (images stay usable; containers of this snapshotter have to be made anew): %w", db, err)
+	}
+	return s, nil
+}
+
+// open makes sure that the database can be used. A new one gets its buckets,
+// which a walk or a clean-up of the store expects. When it is new because the
+// old one was lost, the directories of the old one are removed: they would be
+// in the way of new snapshots, whose numbers start again.
+func (s *snapshotter) open(ctx context.Context) (err error) {
+	// bbolt panics on a damaged page and faults on a truncated file. Neither
+	// may take containerd down. The store cannot be closed then: it may hold
+	// its own locks.
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("the database is damaged: %v", r)
+		}
+	}()
+
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		return storage.WalkInfo(ctx, func(context.Context, snapshots.Info) error { return nil })
+	})
+	if errdefs.IsNotFound(err) {
+		err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+			const probe = "initialize"
+			if _, err := storage.CreateSnapshot(ctx, snapshots.KindActive, probe, ""); err != nil {
+				return err
+			}
+			_, _, err := storage.Remove(ctx, probe)
+			return err
+		})
+		if err == nil {
+			err = s.Cleanup(ctx)
+		}
+	}
+	if err != nil {
+		return errors.Join(err, s.ms.Close())
+	}
+	return nil
+}
+
+// Prepare answers the unpacker for a layer (a request that carries the label
+// containerd.io/snapshot.ref) with errdefs.ErrAlreadyExists, which makes it
+// skip the layer. It refuses every other extraction of a layer with
+// errdefs.ErrFailedPrecondition. For a container it gives the guest mount if
+// its parent is guest-pulled, and overlayfs's mounts if not.
+func (s *snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	info, err := applyOpts(opts)
+	if err != nil {
+		return nil, err
+	}
+	if target, ok := info.Labels[snapshots.LabelSnapshotRef]; ok {
+		return nil, s.prepareLayer(ctx, target, parent)
+	}
+	return s.create(ctx, key, parent, info, s.Snapshotter.Prepare)
+}
+
+// View is Prepare for a snapshot that is only read.
+func (s *snapshotter) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	info, err := applyOpts(opts)
+	if err != nil {
+		return nil, err
+	}
+	return s.create(ctx, key, parent, info, s.Snapshotter.View)
+}
+
+func (s *snapshotter) create(ctx context.Context, key, parent string, info snapshots.Info,
+	create func(context.Context, string, string, ...snapshots.Opt) ([]mount.Mount, error),
+) ([]mount.Mount, error) {
+	if err := refuseContent(key, parent); err != nil {
+		return nil, err
+	}
+	chain := ""
+	switch {
+	case isLayer(parent):
+		// Stored without parent: were a layer without row reported as the
+		// parent, containerd's garbage collector would hang this snapshot under
+		// a node that it never visits, and keep it for ever.
+		chain, parent = parent, ""
+	case parent != "":
+		p, err := s.Snapshotter.Stat(ctx, parent)
+		if err != nil {
+			return nil, fmt.Errorf("parent of snapshot %q: %w", key, err)
+		}
+		chain = chainID(p)
+	}
+	info.Labels = withChainID(info.Labels, chain)
+
+	mounts, err := create(ctx, key, parent, snapshots.WithLabels(info.Labels))
+	if err != nil || chain == "" {
+		return mounts, err
+	}
+	return s.guestMounts(info, mounts)
+}
+
+// Mounts gives the mounts that Prepare or View gave, after a restart too. A
+// directory of a guest-pulled snapshot that went missing is made again.
+func (s *snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
+	mounts, err := s.Snapshotter.Mounts(ctx, key)
+	if err != nil {
+		if errdefs.IsNotFound(err) && isLayer(key) {
+			return nil, fmt.Errorf("layer %s is committed and has no mounts: %w", key, errdefs.ErrFailedPrecondition)
+		}
+		return nil, err
+	}
+	info, err := s.Snapshotter.Stat(ctx, key)
+	if err != nil || chainID(info) == "" {
+		return mounts, err
+	}
+	return s.guestMounts(info, mounts)
+}
+
+func (s *snapshotter) guestMounts(info snapshots.Info, mounts []mount.Mount) ([]mount.Mount, error) {
+	d := hostDirs(mounts[0])
+	if err := restore(s.empty, d); err != nil {
+		return nil, err
+	}
+	m, err := guestMount(s.mountType, s.empty, s.options, info, d)
+	if err != nil {
+		return nil, err
+	}
+	return []mount.Mount{m}, nil
+}
+
+// Commit commits a container's snapshot. Of a guest-pulled one, only what was
+// written through a mount on the host is in it; what the guest wrote is not
+// here.
+func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
+	info, err := s.Snapshotter.Stat(ctx, key)
+	if err != nil {
+		return err
+	}
+	return s.Snapshotter.Commit(ctx, name, key, append(opts[:len(opts):len(opts)], func(i *snapshots.Info) error {
+		i.Labels = withChainID(i.Labels, chainID(info))
+		return nil
+	})...)
+}
+
+// Stat returns a committed snapshot for every layer, whether or not it was ever
+// prepared.
+func (s *snapshotter) Stat(ctx context.Context, key string) (snapshots.Info, error) {
+	info, err := s.Snapshotter.Stat(ctx, key)
+	if errdefs.IsNotFound(err) && isLayer(key) {
+		return layerInfo(key), nil
+	}
+	return info, err
+}
+
+// Usage of a layer is nothing.
+func (s *snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, error) {
+	usage, err := s.Snapshotter.Usage(ctx, key)
+	if errdefs.IsNotFound(err) && isLayer(key) {
+		return snapshots.Usage{}, nil
+	}
+	return usage, err
+}
+
+// Remove of a layer succeeds: there is nothing to remove, unless the older
+// daemon left a row.
+func (s *snapshotter) Remove(ctx context.Context, key string) error {
+	err := s.Snapshotter.Remove(ctx, key)
+	if errdefs.IsNotFound(err) && isLayer(key) {
+		return nil
+	}
+	return err
+}
+
+// Update changes labels. The chain ID of a guest-pulled snapshot stays.
+func (s *snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpaths ...string) (snapshots.Info, error) {
+	var updated snapshots.Info
+	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		_, old, _, err := storage.GetInfo(ctx, info.Name)
+		if err != nil {
+			return err
+		}
+		info.Labels = withChainID(info.Labels, old.Labels[volume.MetadataChainID])
+		updated, err = storage.UpdateInfo(ctx, info, fieldpaths...)
+		return err
+	})
+	if errdefs.IsNotFound(err) && isLayer(info.Name) {
+		return updateLayer(info, fieldpaths)
+	}
+	return updated, err
+}
+
+// Walk calls fn for the snapshots of the store. A layer is in no list, because
+// any layer exists; one that the filters ask for by name is found.
+func (s *snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error {
+	if layer, ok := askedLayer(filters); ok {
+		return fn(ctx, layer)
+	}
+	return s.Snapshotter.Walk(ctx, fn, filters...)
+}
+
+// Cleanup removes the directories of snapshots that were removed. containerd's
+// garbage collector calls it.
+func (s *snapshotter) Cleanup(ctx context.Context) error {
+	return s.Snapshotter.(snapshots.Cleaner).Cleanup(ctx)
+}
+
+func applyOpts(opts []snapshots.Opt) (info snapshots.Info, err error) {
+	for _, opt := range opts {
+		if err := opt(&info); err != nil {
+			return snapshots.Info{}, err
+		}
+	}
+	return info, nil
+}
+
+// withChainID returns labels in which the chain ID is what this snapshotter
+// says, whatever the caller put there.
+func withChainID(labels map[string]string, chain string) map[string]string {
+	if labels[volume.MetadataChainID] == chain {
+		return labels
+	}
+	labels = maps.Clone(labels)
+	if chain == "" {
+		delete(labels, volume.MetadataChainID)
+		return labels
+	}
+	if labels == nil {
+		labels = map[string]string{}
+	}
+	labels[volume.MetadataChainID] = chain
+	return labels
+}
+
+// SupportsRemapIDs tells whether the kernel can map the IDs of an overlayfs's
+// lower directories, which pods with user namespaces need.
+func SupportsRemapIDs() bool {
+	ok, err := overlayutils.SupportsIDMappedMounts()
+	return err == nil && ok
+}
+
+func validateRoot(root string) error {
+	if !filepath.IsAbs(root) {
+		return fmt.Errorf("root_path = %q: an absolute path is needed: %w", root, errdefs.ErrInvalidArgument)
+	}
+	if i := strings.IndexFunc(root, breaksOptions); i >= 0 {
+		return fmt.Errorf("root_path = %q: the character at offset %d cannot stand in mount options; use a path of letters, digits and -._/+@=~: %w",
+			root, i, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
