@@ -1,0 +1,77 @@
+/*
+   Copyright The guest-pull Authors.
+
+   Licensed under the Apache License, Version 2.0 (the "License");
+   you may not use this file except in compliance with the License.
+   You may obtain a copy of the License at
+
+       http://www.apache.org/licenses/LICENSE-2.0
+
+   Unless required by applicable law or agreed to in writing, software
+   distributed under the License is distributed on an "AS IS" BASIS,
+   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+   See the License for the specific language governing permissions and
+   limitations under the License.
+*/
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+
+	bootapi "github.com/containerd/containerd/api/runtime/bootstrap/v1"
+	"github.com/containerd/containerd/api/types"
+	"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2/manager"
+	"github.com/containerd/containerd/v2/pkg/shim"
+)
+
+const runtimeName = "io.containerd.guest.v2"
+
+// The server process finds in stageEnv how far it has come. Nobody but the
+// "start" action sets it, so the actions of the shim are left alone.
+const (
+	stageEnv    = "GUEST_PULL_STAND_IN_GUEST_STAGE"
+	stageEnter  = "enter"  // started by the "start" action, in the host's mount namespace
+	stageInside = "inside" // executed again, in the guest's mount namespace
+)
+
+func main() {
+	if filepath.Base(os.Args[0]) == pauseName {
+		pause()
+		return
+	}
+	if os.Getenv(stageEnv) == stageEnter {
+		// Does not return when all went well.
+		err := enterGuest()
+		logToContainerd(err)
+		fmt.Fprintf(os.Stderr, "%s: %v\n", runtimeName, err)
+		os.Exit(1)
+	}
+	shim.RunShim(context.Background(), guestManager{manager.NewShimManager(runtimeName)})
+}
+
+// guestManager is the manager of the runc shim: grouping, sockets, and the
+// clean-up after a dead shim are the same. Of the latter nothing is left to do
+// for the guest itself, which lives in the mount namespace of the shim.
+type guestManager struct {
+	shim.Shim
+}
+
+// Start starts the server process, which has to enter its guest first.
+func (m guestManager) Start(ctx context.Context, params *bootapi.BootstrapParams) (*bootapi.BootstrapResult, error) {
+	if err := os.Setenv(stageEnv, stageEnter); err != nil {
+		return nil, err
+	}
+	return m.Shim.Start(ctx, params)
+}
+
+// Info describes the runtime. The runtime options are not looked at: they may be
+// of the generic type, which the runc shim refuses.
+func (m guestManager) Info(ctx context.Context, _ io.Reader) (*types.RuntimeInfo, error) {
+	return m.Shim.Info(ctx, strings.NewReader(""))
+}

@@ -1,0 +1,187 @@
+/*
+   Copyright The guest-pull Authors.
+
+   Licensed under the Apache License, Version 2.0 (the "License");
+   you may not use this file except in compliance with the License.
+   You may obtain a copy of the License at
+
+       http://www.apache.org/licenses/LICENSE-2.0
+
+   Unless required by applicable law or agreed to in writing, software
+   distributed under the License is distributed on an "AS IS" BASIS,
+   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+   See the License for the specific language governing permissions and
+   limitations under the License.
+*/
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+
+	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/api/types"
+	"github.com/containerd/containerd/api/types/runc/options"
+	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
+	"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2/task"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/pkg/shim"
+	"github.com/containerd/containerd/v2/pkg/shutdown"
+	"github.com/containerd/containerd/v2/plugins"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/log"
+	"github.com/containerd/plugin"
+	"github.com/containerd/plugin/registry"
+	"github.com/containerd/ttrpc"
+	"github.com/containerd/typeurl/v2"
+
+	"github.com/guest-pull/guest-pull-snapshotter/integration/shim-guest/guest"
+)
+
+func init() {
+	registry.Register(&plugin.Registration{
+		Type: plugins.TTRPCPlugin,
+		ID:   "task",
+		Requires: []plugin.Type{
+			plugins.EventPlugin,
+			plugins.InternalPlugin,
+		},
+		InitFn: func(ic *plugin.InitContext) (any, error) {
+			dir, err := insideGuest()
+			if err != nil {
+				return nil, err
+			}
+			self, err := os.Executable()
+			if err != nil {
+				return nil, err
+			}
+			g, err := guest.New(dir, guest.Pause{
+				Program: self,
+				Name:    pauseName,
+				Check:   func() error { return checkStatic(self) },
+			})
+			if err != nil {
+				return nil, err
+			}
+			pp, err := ic.GetByID(plugins.EventPlugin, "publisher")
+			if err != nil {
+				return nil, err
+			}
+			ss, err := ic.GetByID(plugins.InternalPlugin, "shutdown")
+			if err != nil {
+				return nil, err
+			}
+			inner, err := task.NewTaskService(ic.Context, pp.(shim.Publisher), ss.(shutdown.Service))
+			if err != nil {
+				return nil, err
+			}
+			return &service{TTRPCTaskService: inner, guest: g}, nil
+		},
+	})
+}
+
+// service is the runc shim's task service on the other side of a guest: what
+// reaches the embedded Create are the mounts of the guest.
+type service struct {
+	taskAPI.TTRPCTaskService
+	guest *guest.Guest
+}
+
+// RegisterTTRPC makes the shim serve this service and not the embedded one.
+func (s *service) RegisterTTRPC(server *ttrpc.Server) error {
+	taskAPI.RegisterTTRPCTaskService(server, s)
+	return nil
+}
+
+// Create pulls the container's image in the guest and creates the container
+// there. A request that Kata would refuse gives InvalidArgument.
+func (s *service) Create(ctx context.Context, r *taskAPI.CreateTaskRequest) (_ *taskAPI.CreateTaskResponse, retErr error) {
+	cfg, err := config(r)
+	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	ns, err := namespaces.NamespaceRequired(ctx)
+	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	req := guest.Request{
+		Namespace: ns,
+		ID:        r.ID,
+		Bundle:    r.Bundle,
+	}
+	for _, m := range r.Rootfs {
+		req.Rootfs = append(req.Rootfs, mount.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options})
+	}
+	c, err := s.guest.Prepare(ctx, cfg, req)
+	if err != nil {
+		return nil, errgrpc.ToGRPC(fmt.Errorf("stand-in guest: %w", err))
+	}
+	defer func() {
+		if retErr != nil {
+			s.remove(ctx, r.ID)
+		}
+	}()
+
+	r.Rootfs = []*types.Mount{{
+		Type:    c.Rootfs.Type,
+		Source:  c.Rootfs.Source,
+		Options: c.Rootfs.Options,
+	}}
+	resp, err := s.TTRPCTaskService.Create(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.Record.Write(cfg.RecordDir); err != nil {
+		log.G(ctx).WithError(err).WithField("id", r.ID).Error("the record of a container is missing")
+	}
+	return resp, nil
+}
+
+// Delete deletes a process and, with the container's own, what the container has
+// in the guest.
+func (s *service) Delete(ctx context.Context, r *taskAPI.DeleteRequest) (*taskAPI.DeleteResponse, error) {
+	resp, err := s.TTRPCTaskService.Delete(ctx, r)
+	if err == nil && r.ExecID == "" {
+		s.remove(ctx, r.ID)
+	}
+	return resp, err
+}
+
+func (s *service) remove(ctx context.Context, id string) {
+	if err := s.guest.Remove(id); err != nil {
+		log.G(ctx).WithError(err).WithField("id", id).Warn("the guest keeps files of a removed container")
+	}
+}
+
+// config returns the guest's configuration for a request: of the file that the
+// runtime options name as Kata's do (ConfigPath), or of the file that the
+// environment of containerd names. The generic options are taken out of the
+// request: the runc shim knows its own kind only.
+func config(r *taskAPI.CreateTaskRequest) (guest.Config, error) {
+	path := os.Getenv(guest.ConfigEnv)
+	if r.Options.GetValue() != nil {
+		v, err := typeurl.UnmarshalAny(r.Options)
+		if err != nil {
+			return guest.Config{}, fmt.Errorf("read the runtime options: %w: %w", errdefs.ErrInvalidArgument, err)
+		}
+		switch o := v.(type) {
+		case *options.Options:
+		case *runtimeoptions.Options:
+			if o.ConfigPath == "" && len(bytes.TrimSpace(o.ConfigBody)) > 0 {
+				return guest.Config{}, fmt.Errorf("runtime options: %w: the only one known is ConfigPath", errdefs.ErrInvalidArgument)
+			}
+			if o.ConfigPath != "" {
+				path = o.ConfigPath
+			}
+			r.Options = nil
+		default:
+			return guest.Config{}, fmt.Errorf("runtime options of type %T: %w", v, errdefs.ErrInvalidArgument)
+		}
+	}
+	return guest.LoadConfig(path)
+}
