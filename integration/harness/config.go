@@ -1,0 +1,299 @@
+/*
+   Copyright The guest-pull Authors.
+
+   Licensed under the Apache License, Version 2.0 (the "License");
+   you may not use this file except in compliance with the License.
+   You may obtain a copy of the License at
+
+       http://www.apache.org/licenses/LICENSE-2.0
+
+   Unless required by applicable law or agreed to in writing, software
+   distributed under the License is distributed on an "AS IS" BASIS,
+   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+   See the License for the specific language governing permissions and
+   limitations under the License.
+*/
+
+package harness
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/guest-pull/guest-pull-snapshotter/integration/registry"
+	"github.com/guest-pull/guest-pull-snapshotter/integration/shim-guest/guest"
+)
+
+// The runtime handlers that every node has.
+const (
+	// Runc runs containers on the host.
+	Runc = "runc"
+	// Guest runs them in a guest, on the guest-pull snapshotter.
+	Guest = "guest"
+)
+
+const (
+	// Snapshotter is the name of the snapshotter under test.
+	Snapshotter = "guest-pull"
+	// StandIn is the runtime type of the stand-in guest.
+	StandIn = "io.containerd.guest.v2"
+
+	standInBinary = "containerd-shim-guest-v2"
+)
+
+// Options says what is special about a node. The zero value is a node with
+// containerd's default configuration, but for paths.
+type Options struct {
+	// Registry is a registry whose certificate the node and the guest trust,
+	// and where the node's pause image comes from. Optional.
+	Registry *registry.Registry
+	// PauseImage is the reference of the image for sandboxes; "" means
+	// "pause:1" of Registry, where Start then puts one, or containerd's own
+	// default when there is no Registry.
+	PauseImage string
+
+	// GuestSnapshotter is the snapshotter of the handler Guest; "" means
+	// Snapshotter. Comparisons name another one.
+	GuestSnapshotter string
+	// LocalPull sets use_local_image_pull: containerd's CRI pulls by itself
+	// instead of through the transfer service.
+	LocalPull bool
+	// DiscardUnpackedLayers sets discard_unpacked_layers.
+	DiscardUnpackedLayers bool
+	// PluginConfig is the configuration of the snapshotter under test: TOML
+	// keys, as in its section of config.toml.
+	PluginConfig string
+	// ExtraConfig is TOML that is merged over the rest of config.toml.
+	ExtraConfig string
+
+	// Guest is the configuration of the stand-in guest. RecordDir and CAFile
+	// are set for it.
+	Guest guest.Config
+
+	// PullHint says how pulls name the runtime handler; see [Hint].
+	PullHint Hint
+
+	// Binaries is the directory of containerd, ctr and the shims; "" means
+	// what GUEST_PULL_CONTAINERD says, or bin/ of the repository.
+	Binaries string
+	// Env is added to containerd's environment.
+	Env []string
+}
+
+// paths are the places of a node, all below its directory. They are short:
+// sockets have no more than 108 bytes for theirs.
+type paths struct {
+	dir string
+}
+
+func (p paths) join(elem ...string) string { return filepath.Join(append([]string{p.dir}, elem...)...) }
+
+func (p paths) root() string      { return p.join("root") }
+func (p paths) state() string     { return p.join("state") }
+func (p paths) socket() string    { return p.join("c.sock") }
+func (p paths) shims() string     { return p.join("s") }
+func (p paths) runc() string      { return p.join("runc") }
+func (p paths) logs() string      { return p.join("pods") }
+func (p paths) records() string   { return p.join("records") }
+func (p paths) hosts() string     { return p.join("certs.d") }
+func (p paths) config() string    { return p.join("config.toml") }
+func (p paths) guestConf() string { return p.join("guest.json") }
+func (p paths) ca() string        { return p.join("ca.pem") }
+func (p paths) log() string       { return p.join("containerd.log") }
+
+// binaries finds what a node runs.
+type binaries struct {
+	dir         string // containerd, ctr, containerd-shim-runc-v2
+	runtimeType string // of the handler Guest
+	shim        string // of the handler Guest; "" lets containerd find it
+}
+
+func findBinaries(o Options) (binaries, error) {
+	b := binaries{dir: o.Binaries, runtimeType: os.Getenv("RUNTIME")}
+	repo, repoErr := repository()
+	installed := true
+	if b.dir == "" {
+		b.dir = os.Getenv("GUEST_PULL_CONTAINERD")
+	}
+	if b.dir == "" {
+		if repoErr != nil {
+			return b, repoErr
+		}
+		installed = false
+		b.dir = filepath.Join(repo, "bin")
+	}
+	var err error
+	if b.dir, err = filepath.Abs(b.dir); err != nil {
+		return b, err
+	}
+
+	remedy := "run `make build`"
+	if installed {
+		remedy = "GUEST_PULL_CONTAINERD has to name the directory of an installed containerd"
+	}
+	if err := exist(remedy,
+		filepath.Join(b.dir, "containerd"),
+		filepath.Join(b.dir, "ctr"),
+		filepath.Join(b.dir, "containerd-shim-runc-v2"),
+	); err != nil {
+		return b, err
+	}
+	if b.runtimeType == "" || b.runtimeType == StandIn {
+		b.runtimeType = StandIn
+		if repoErr != nil {
+			return b, repoErr
+		}
+		b.shim = filepath.Join(repo, ".build", standInBinary)
+		return b, exist("build the stand-in guest: cd integration && CGO_ENABLED=0 go build -o ../.build/"+standInBinary+" ./shim-guest", b.shim)
+	}
+	return b, nil
+}
+
+func exist(remedy string, files ...string) error {
+	var missing []string
+	for _, f := range files {
+		if _, err := os.Stat(f); err != nil {
+			missing = append(missing, f)
+		}
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("not found: %s; %s", strings.Join(missing, ", "), remedy)
+	}
+	return nil
+}
+
+// repository finds the root of the source tree from the working directory,
+// which for a test is the directory of its package.
+func repository() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for d := dir; ; d = filepath.Dir(d) {
+		if _, err := os.Stat(filepath.Join(d, "integration", "go.mod")); err == nil {
+			return d, nil
+		}
+		if d == filepath.Dir(d) {
+			return "", fmt.Errorf("%s is not inside the source tree of guest-pull-snapshotter; "+
+				"run from there, and let GUEST_PULL_CONTAINERD and RUNTIME name what to test", dir)
+		}
+	}
+}
+
+type table = map[string]any
+
+// writeConfig writes everything that containerd and the guest read.
+func writeConfig(p paths, b binaries, o Options) error {
+	images := table{
+		"use_local_image_pull":    o.LocalPull,
+		"discard_unpacked_layers": o.DiscardUnpackedLayers,
+		"registry":                table{"config_path": p.hosts()},
+	}
+	if o.PauseImage != "" {
+		images["pinned_images"] = table{"sandbox": o.PauseImage}
+	}
+	snapshotter := o.GuestSnapshotter
+	if snapshotter == "" {
+		snapshotter = Snapshotter
+	}
+	guestHandler := table{"runtime_type": b.runtimeType, "snapshotter": snapshotter}
+	if b.shim != "" {
+		guestHandler["runtime_path"] = b.shim
+	}
+
+	conf := table{
+		"version": 4,
+		"root":    p.root(),
+		"state":   p.state(),
+		"temp":    p.join("tmp"),
+		"imports": []string{},
+		"debug":   table{"level": "debug"},
+		"plugins": table{
+			"io.containerd.server.v1.grpc":  table{"address": p.socket()},
+			"io.containerd.server.v1.ttrpc": table{"address": p.socket() + ".ttrpc"},
+			// These would otherwise be shared with the system's containerd.
+			"io.containerd.shim.v1.manager":           table{"socket_dir": p.shims()},
+			"io.containerd.nri.v1.nri":                table{"disable": true},
+			"io.containerd.internal.v1.opt":           table{"path": p.join("opt")},
+			"io.containerd.image-verifier.v1.bindir":  table{"bin_dir": p.join("verifiers")},
+			"io.containerd.transfer.v1.local":         table{"config_path": p.hosts()},
+			"io.containerd.snapshotter.v1.guest-pull": table{},
+			"io.containerd.cri.v1.images":             images,
+			"io.containerd.cri.v1.runtime": table{
+				"cdi_spec_dirs":                []string{},
+				"restrict_oom_score_adj":       true,
+				"netns_mounts_under_state_dir": true,
+				"cni":                          table{"bin_dirs": []string{p.join("cni")}, "conf_dir": p.join("cni")},
+				"containerd": table{
+					"default_runtime_name": Runc,
+					"runtimes": table{
+						Runc: table{
+							"runtime_type": "io.containerd.runc.v2",
+							"runtime_path": filepath.Join(b.dir, "containerd-shim-runc-v2"),
+							"options":      table{"Root": p.runc()},
+						},
+						Guest: guestHandler,
+					},
+				},
+			},
+		},
+	}
+	for what, text := range map[string]string{
+		"Options.PluginConfig": "[plugins.'io.containerd.snapshotter.v1.guest-pull']\n" + o.PluginConfig,
+		"Options.ExtraConfig":  o.ExtraConfig,
+	} {
+		var extra table
+		if err := toml.Unmarshal([]byte(text), &extra); err != nil {
+			return fmt.Errorf("%s: %w", what, err)
+		}
+		merge(conf, extra)
+	}
+	text, err := toml.Marshal(conf)
+	if err != nil {
+		return err
+	}
+
+	guestConf := o.Guest
+	guestConf.RecordDir = p.records()
+	var errs []error
+	write := func(path string, data []byte) {
+		errs = append(errs, os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, data, 0o600))
+	}
+	write(p.config(), text)
+	if o.Registry != nil && o.Registry.CA() != nil {
+		guestConf.CAFile = p.ca()
+		write(p.ca(), o.Registry.CA())
+		u, err := url.Parse(o.Registry.URL())
+		if err != nil {
+			return err
+		}
+		write(filepath.Join(p.hosts(), u.Host, "hosts.toml"), fmt.Appendf(nil,
+			"server = %q\n[host.%q]\n  ca = %q\n", u.String(), u.String(), p.ca()))
+	}
+	guestText, err := json.MarshalIndent(guestConf, "", "  ")
+	if err != nil {
+		return err
+	}
+	write(p.guestConf(), guestText)
+	return errors.Join(errs...)
+}
+
+// merge puts from over into, table by table.
+func merge(into, from table) {
+	for k, v := range from {
+		sub, ok := v.(table)
+		old, was := into[k].(table)
+		if ok && was {
+			merge(old, sub)
+			continue
+		}
+		into[k] = v
+	}
+}

@@ -1,0 +1,57 @@
+/*
+   Copyright The guest-pull Authors.
+
+   Licensed under the Apache License, Version 2.0 (the "License");
+   you may not use this file except in compliance with the License.
+   You may obtain a copy of the License at
+
+       http://www.apache.org/licenses/LICENSE-2.0
+
+   Unless required by applicable law or agreed to in writing, software
+   distributed under the License is distributed on an "AS IS" BASIS,
+   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+   See the License for the specific language governing permissions and
+   limitations under the License.
+*/
+
+package harness
+
+import (
+	"context"
+	"testing"
+	"time"
+)
+
+// New starts a node for a test. When the test ends, what it left is removed as
+// kubelet would, and the node must then be empty and shut down cleanly. Of a
+// test that failed the end of containerd's log, and the registry's, are printed.
+func New(t testing.TB, o Options) *Node {
+	t.Helper()
+	n, err := Start(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+		defer cancel()
+		if !t.Failed() {
+			if n.process == nil {
+				t.Error("the test left the node without a running containerd")
+			} else if err := n.Empty(ctx); err != nil {
+				t.Errorf("emptying the node: %v", err)
+			} else if err := n.CheckEmpty(ctx); err != nil {
+				t.Error(err)
+			}
+		}
+		if t.Failed() {
+			t.Logf("containerd's log (the last lines of %s):\n%s", n.LogFile(), n.LogTail(200))
+			if o.Registry != nil {
+				t.Logf("the registry's log:\n%s", o.Registry.Log())
+			}
+		}
+		if err := n.Close(); err != nil {
+			t.Errorf("closing the node: %v", err)
+		}
+	})
+	return n
+}
