@@ -184,7 +184,7 @@ func parseArgs(args []string) (*request, error) {
 			case 't':
 				value = new(string)
 			default:
-				return nil, errors.New("unknown flag -" + showKey(arg[j:j+1]))
+				return nil, errors.New("unknown flag -" + show(arg[j:j+1]))
 			}
 			if value == nil {
 				continue
@@ -357,14 +357,14 @@ func show(path string) string {
 	return path
 }
 
-// showKey shows an option's name, unless it looks like anything but a name:
-// then it may be the half of a value.
+// showKey shows an option's name, unless it looks like anything but a name,
+// such as base64: then it may be the half of a value.
 func showKey(key string) string {
 	const longest = 32
 	ok := key != "" && len(key) <= longest
 	for _, r := range key {
 		switch {
-		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9':
+		case r >= 'a' && r <= 'z', r >= '0' && r <= '9':
 		case r == '_' || r == '-' || r == '.' || r == '+':
 		default:
 			ok = false
