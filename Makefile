@@ -39,11 +39,14 @@ GO_LDFLAGS = -s -w \
 	-X $(CONTAINERD)/version.Revision=$(REVISION) \
 	-X main.guestPullVersion=$(VERSION) -X main.version=$(VERSION) \
 	-X main.patches=$(PATCH_LIST)
-GO_BUILD = CGO_ENABLED=0 $(GO) build $(MODFILE) -trimpath -buildvcs=false -tags 'netgo osusergo static_build no_btrfs no_zfs' -ldflags '$(GO_LDFLAGS)'
+# The tags of containerd's own static builds. $(1): more of them.
+TAGS = netgo osusergo static_build urfave_cli_no_docs
+GO_BUILD = CGO_ENABLED=0 $(GO) build $(MODFILE) -trimpath -buildvcs=false -tags '$(TAGS) $(1)' -ldflags '$(GO_LDFLAGS)'
 
 build: $(PATCHED) ## build containerd, ctr, the runc shim and the mount helper into bin/ (PATCHES=none: stock containerd and the plugin)
 	@mkdir -p $(BIN)
-	$(GO_BUILD) -o $(BIN)/ ./builder/containerd $(CONTAINERD)/cmd/ctr $(CONTAINERD)/cmd/containerd-shim-runc-v2
+	$(GO_BUILD) -o $(BIN)/ ./builder/containerd $(CONTAINERD)/cmd/ctr
+	$(call GO_BUILD,no_grpc) -o $(BIN)/ $(CONTAINERD)/cmd/containerd-shim-runc-v2
 	$(GO_BUILD) -o $(BIN)/guest-pull-overlayfs ./overlayhelper
 	ln -sfn guest-pull-overlayfs $(BIN)/nydus-overlayfs-guest-pull
 .PHONY: build

@@ -191,7 +191,7 @@ func (s *snapshotter) create(ctx context.Context, key, parent string, info snaps
 	case parent != "":
 		p, err := s.Snapshotter.Stat(ctx, parent)
 		if err != nil {
-			return nil, fmt.Errorf("parent of snapshot %q: %w", key, err)
+			return nil, fmt.Errorf("parent %q of snapshot %q: %w", parent, key, err)
 		}
 		chain = chainID(p)
 	}
