@@ -18,8 +18,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -28,6 +30,7 @@ import (
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2/manager"
 	"github.com/containerd/containerd/v2/pkg/shim"
+	"github.com/containerd/log"
 )
 
 const runtimeName = "io.containerd.guest.v2"
@@ -55,9 +58,8 @@ func main() {
 	shim.RunShim(context.Background(), guestManager{manager.NewShimManager(runtimeName)})
 }
 
-// guestManager is the manager of the runc shim: grouping, sockets, and the
-// clean-up after a dead shim are the same. Of the latter nothing is left to do
-// for the guest itself, which lives in the mount namespace of the shim.
+// guestManager is the manager of the runc shim: the grouping and the sockets are
+// the same.
 type guestManager struct {
 	shim.Shim
 }
@@ -68,6 +70,33 @@ func (m guestManager) Start(ctx context.Context, params *bootapi.BootstrapParams
 		return nil, err
 	}
 	return m.Shim.Start(ctx, params)
+}
+
+// Stop cleans up after a shim that is dead. For the guest itself there is nothing
+// to do: it lives in the mount namespace of the shim and of its containers.
+func (m guestManager) Stop(ctx context.Context, id string) (shim.StopStatus, error) {
+	status, err := m.Shim.Stop(ctx, id)
+	removeSockets(ctx, id)
+	return status, err
+}
+
+// removeSockets removes the sockets of a dead shim, which the runc shim leaves.
+// The working directory is the bundle; the link to the directory of the sockets
+// is in the one that the shim was started for.
+func removeSockets(ctx context.Context, id string) {
+	dir, err := os.Readlink("s")
+	if err != nil {
+		return
+	}
+	for _, debug := range []bool{false, true} {
+		address, err := shim.CreateSocketAddress(ctx, dir, os.Getenv("GRPC_ADDRESS"), id, debug)
+		if err != nil || shim.CanConnect(address) {
+			continue
+		}
+		if err := shim.RemoveSocket(address); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			log.G(ctx).WithError(err).WithField("id", id).Warn("the socket of a dead shim stays")
+		}
+	}
 }
 
 // Info describes the runtime. The runtime options are not looked at: they may be

@@ -101,8 +101,11 @@ func (s *service) RegisterTTRPC(server *ttrpc.Server) error {
 // Create pulls the container's image in the guest and creates the container
 // there. A request that Kata would refuse gives InvalidArgument.
 func (s *service) Create(ctx context.Context, r *taskAPI.CreateTaskRequest) (_ *taskAPI.CreateTaskResponse, retErr error) {
-	cfg, err := config(r)
+	cfg, runcOptions, err := config(r)
 	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	if r.Options, err = typeurl.MarshalAnyToProto(runcOptions); err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
 	ns, err := namespaces.NamespaceRequired(ctx)
@@ -158,30 +161,38 @@ func (s *service) remove(ctx context.Context, id string) {
 	}
 }
 
-// config returns the guest's configuration for a request: of the file that the
-// runtime options name as Kata's do (ConfigPath), or of the file that the
-// environment of containerd names. The generic options are taken out of the
-// request: the runc shim knows its own kind only.
-func config(r *taskAPI.CreateTaskRequest) (guest.Config, error) {
+// config returns the guest's configuration for a request, and the options for
+// runc. The configuration is in the file that the runtime options name as Kata's
+// do (ConfigPath), or else in the one that the environment of containerd names.
+// The runc shim knows its own kind of options only.
+func config(r *taskAPI.CreateTaskRequest) (guest.Config, *options.Options, error) {
 	path := os.Getenv(guest.ConfigEnv)
+	runcOptions := &options.Options{}
 	if r.Options.GetValue() != nil {
 		v, err := typeurl.UnmarshalAny(r.Options)
 		if err != nil {
-			return guest.Config{}, fmt.Errorf("read the runtime options: %w: %w", errdefs.ErrInvalidArgument, err)
+			return guest.Config{}, nil, fmt.Errorf("read the runtime options: %w: %w", errdefs.ErrInvalidArgument, err)
 		}
 		switch o := v.(type) {
 		case *options.Options:
+			runcOptions = o
 		case *runtimeoptions.Options:
 			if o.ConfigPath == "" && len(bytes.TrimSpace(o.ConfigBody)) > 0 {
-				return guest.Config{}, fmt.Errorf("runtime options: %w: the only one known is ConfigPath", errdefs.ErrInvalidArgument)
+				return guest.Config{}, nil, fmt.Errorf("runtime options: %w: the only one known is ConfigPath", errdefs.ErrInvalidArgument)
 			}
 			if o.ConfigPath != "" {
 				path = o.ConfigPath
 			}
-			r.Options = nil
 		default:
-			return guest.Config{}, fmt.Errorf("runtime options of type %T: %w", v, errdefs.ErrInvalidArgument)
+			return guest.Config{}, nil, fmt.Errorf("runtime options of type %T: %w", v, errdefs.ErrInvalidArgument)
 		}
 	}
-	return guest.LoadConfig(path)
+	cfg, err := guest.LoadConfig(path)
+	if err != nil {
+		return guest.Config{}, nil, err
+	}
+	if runcOptions.Root == "" {
+		runcOptions.Root = cfg.RuncRoot
+	}
+	return cfg, runcOptions, nil
 }

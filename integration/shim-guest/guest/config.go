@@ -53,6 +53,11 @@ type Config struct {
 	// Record, at <namespace>/<container ID>.json. Empty: no records.
 	RecordDir string `json:"record_dir,omitempty"`
 
+	// RuncRoot is an absolute path where runc keeps the state of the
+	// containers. Empty: containerd's default, which is the same for every
+	// containerd of the machine.
+	RuncRoot string `json:"runc_root,omitempty"`
+
 	// PullTimeout bounds the pull of one image, unpacking included. Zero is
 	// five minutes. In JSON it is a string as time.ParseDuration reads it.
 	PullTimeout Duration `json:"pull_timeout,omitempty"`
@@ -128,9 +133,11 @@ func LoadConfig(path string) (Config, error) {
 		return Config{}, fmt.Errorf("guest's configuration %s: %w: flavour is %q, want %q or %q",
 			path, errdefs.ErrInvalidArgument, c.Flavour, FlavourGo, FlavourRust)
 	}
-	if c.RecordDir != "" && !filepath.IsAbs(c.RecordDir) {
-		return Config{}, fmt.Errorf("guest's configuration %s: %w: record_dir %q is not an absolute path",
-			path, errdefs.ErrInvalidArgument, c.RecordDir)
+	for key, dir := range map[string]string{"record_dir": c.RecordDir, "runc_root": c.RuncRoot} {
+		if dir != "" && !filepath.IsAbs(dir) {
+			return Config{}, fmt.Errorf("guest's configuration %s: %w: %s %q is not an absolute path",
+				path, errdefs.ErrInvalidArgument, key, dir)
+		}
 	}
 	if c.PullTimeout == 0 {
 		c.PullTimeout = Duration(defaultPullTimeout)

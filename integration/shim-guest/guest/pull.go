@@ -90,7 +90,7 @@ func newStore(dir string) (*store, error) {
 // image once. The caller's context and Config.PullTimeout bound it.
 func (s *store) pull(ctx context.Context, cfg Config, imageName string) (Image, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, time.Duration(cfg.PullTimeout),
-		fmt.Errorf("not done within pull_timeout, %v", time.Duration(cfg.PullTimeout)))
+		fmt.Errorf("not done within pull_timeout, %v: %w", time.Duration(cfg.PullTimeout), context.DeadlineExceeded))
 	defer cancel()
 
 	img, err := s.pullImage(ctx, cfg, imageName)

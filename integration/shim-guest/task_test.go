@@ -1,0 +1,102 @@
+/*
+   Copyright The guest-pull Authors.
+
+   Licensed under the Apache License, Version 2.0 (the "License");
+   you may not use this file except in compliance with the License.
+   You may obtain a copy of the License at
+
+       http://www.apache.org/licenses/LICENSE-2.0
+
+   Unless required by applicable law or agreed to in writing, software
+   distributed under the License is distributed on an "AS IS" BASIS,
+   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+   See the License for the specific language governing permissions and
+   limitations under the License.
+*/
+
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/api/types/runc/options"
+	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/typeurl/v2"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/guest-pull/guest-pull-snapshotter/integration/shim-guest/guest"
+)
+
+// CRI gives a runtime that is not runc the generic options; the embedded runc
+// shim takes anything but its own kind for a bug and panics.
+func TestConfigOfARequest(t *testing.T) {
+	dir := t.TempDir()
+	file := func(name, content string) string {
+		path := filepath.Join(dir, name)
+		require.NoError(t, os.WriteFile(path, []byte(content), 0o600))
+		return path
+	}
+	t.Setenv(guest.ConfigEnv, file("env.json", `{"record_dir":"/env","runc_root":"/runc"}`))
+	request := func(options any) *taskAPI.CreateTaskRequest {
+		r := &taskAPI.CreateTaskRequest{}
+		if options != nil {
+			var err error
+			r.Options, err = typeurl.MarshalAnyToProto(options)
+			require.NoError(t, err)
+		}
+		return r
+	}
+
+	cfg, o, err := config(request(nil))
+	require.NoError(t, err)
+	assert.Equal(t, "/env", cfg.RecordDir)
+	assert.Equal(t, guest.FlavourGo, cfg.Flavour)
+	assert.Equal(t, "/runc", o.Root)
+
+	cfg, o, err = config(request(&options.Options{Root: "/other", NoNewKeyring: true}))
+	require.NoError(t, err)
+	assert.Equal(t, "/env", cfg.RecordDir)
+	assert.Equal(t, "/other", o.Root)
+	assert.True(t, o.NoNewKeyring)
+
+	cfg, o, err = config(request(&runtimeoptions.Options{ConfigPath: file("option.json", `{"flavour":"rust"}`)}))
+	require.NoError(t, err)
+	assert.Equal(t, guest.FlavourRust, cfg.Flavour)
+	assert.Empty(t, cfg.RecordDir, "one file wins over the other, and is not merged with it")
+	assert.Empty(t, o.Root)
+
+	_, _, err = config(request(&runtimeoptions.Options{}))
+	require.NoError(t, err)
+	_, _, err = config(request(&runtimeoptions.Options{ConfigBody: []byte("flavour = 'rust'")}))
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+	assert.ErrorContains(t, err, "ConfigPath")
+	_, _, err = config(request(&runtimeoptions.Options{ConfigPath: filepath.Join(dir, "missing")}))
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+}
+
+// Without the start action there is no guest, and images would be unpacked on
+// the host.
+func TestServesInsideTheGuestOnly(t *testing.T) {
+	t.Setenv(stageEnv, "")
+	_, err := insideGuest()
+	require.ErrorContains(t, err, stageEnv)
+
+	t.Chdir(t.TempDir())
+	require.NoError(t, os.Mkdir(guestDir, 0o700))
+	if isTmpfs(t, guestDir) {
+		t.Skip("the temporary directory is a tmpfs itself")
+	}
+	t.Setenv(stageEnv, stageInside)
+	_, err = insideGuest()
+	require.ErrorContains(t, err, "not a tmpfs")
+}
+
+func TestPauseProgramIsStatic(t *testing.T) {
+	require.ErrorContains(t, checkStatic("/bin/sh"), "CGO_ENABLED=0")
+	require.ErrorContains(t, checkStatic("/etc/passwd"), "pause program")
+}
