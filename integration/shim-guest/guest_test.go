@@ -66,7 +66,7 @@ type node struct {
 	layers []string
 }
 
-func start(t *testing.T, cfg guest.Config) *node {
+func start(t *testing.T, o harness.Options) *node {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("needs root: it mounts and runs containers")
@@ -85,7 +85,8 @@ func start(t *testing.T, cfg guest.Config) *node {
 	_, err = reg.Push("pause:1", pause)
 	require.NoError(t, err)
 
-	n := harness.New(t, harness.Options{Registry: reg, Guest: cfg})
+	o.Registry = reg
+	n := harness.New(t, o)
 	if !n.StandIn() {
 		t.Skip("RUNTIME names another runtime than the stand-in guest")
 	}
@@ -94,7 +95,7 @@ func start(t *testing.T, cfg guest.Config) *node {
 
 func (n *node) record(t *testing.T, namespace, id string) guest.Record {
 	t.Helper()
-	r, err := guest.ReadRecord(filepath.Join(n.Dir(), "records"), namespace, id)
+	r, err := n.Record(namespace, id)
 	require.NoError(t, err)
 	return r
 }
@@ -112,18 +113,18 @@ func rootfs(t *testing.T, fsType string) []mount.Mount {
 	}}
 }
 
-func (n *node) container(ctx context.Context, t *testing.T, id string, annotations map[string]string, args ...string) containerd.Container {
+func (n *node) container(ctx context.Context, t *testing.T, id string, annotations map[string]string, args []string, opts ...oci.SpecOpts) containerd.Container {
 	t.Helper()
 	c, err := n.Client.NewContainer(ctx, id,
 		containerd.WithRuntime("io.containerd.guest.v2", nil),
-		containerd.WithNewSpec(
+		containerd.WithNewSpec(append([]oci.SpecOpts{
 			oci.WithProcessArgs(args...),
 			oci.WithDefaultPathEnv,
 			oci.WithUIDGID(1000, 1000),
 			oci.WithAnnotations(annotations),
 			oci.WithHostNamespace(specs.NetworkNamespace),
-			oci.WithCgroup(n.CgroupParent()+"/"+id),
-		))
+			oci.WithCgroup(n.CgroupParent() + "/" + id),
+		}, opts...)...))
 	require.NoError(t, err)
 	t.Cleanup(func() {
 		err := c.Delete(namespaces.WithNamespace(context.Background(), "test"))
@@ -175,10 +176,10 @@ func alive(pid uint32) bool {
 }
 
 func TestTask(t *testing.T) {
-	n := start(t, guest.Config{})
+	n := start(t, harness.Options{})
 	ctx := namespaces.WithNamespace(t.Context(), "test")
 	c := n.container(ctx, t, "one", map[string]string{"io.kubernetes.cri.image-name": n.image},
-		"sh", "-c", "echo out; echo err >&2; id; cat /etc/image-name; cat; exit 7")
+		[]string{"sh", "-c", "echo out; echo err >&2; id; cat /etc/image-name; cat; exit 7"})
 
 	var stdout, stderr bytes.Buffer
 	stdin, feed, err := os.Pipe()
@@ -249,9 +250,9 @@ func TestTask(t *testing.T) {
 // A container is killed together with its shim's guest by containerd's "shim
 // delete", which runs on the host and finds no guest any more.
 func TestShimIsKilled(t *testing.T) {
-	n := start(t, guest.Config{})
+	n := start(t, harness.Options{})
 	ctx := namespaces.WithNamespace(t.Context(), "test")
-	c := n.container(ctx, t, "one", map[string]string{"io.kubernetes.cri.image-name": n.image}, "sleep", "1000")
+	c := n.container(ctx, t, "one", map[string]string{"io.kubernetes.cri.image-name": n.image}, []string{"sleep", "1000"})
 	task, err := c.NewTask(ctx, cio.NullIO, containerd.WithRootFS(rootfs(t, helper)))
 	require.NoError(t, err)
 	exit, err := task.Wait(ctx)
@@ -285,7 +286,7 @@ func TestShimIsKilled(t *testing.T) {
 // What Kata refuses has to reach the client of containerd as an error, and leave
 // no shim behind.
 func TestTaskRefused(t *testing.T) {
-	n := start(t, guest.Config{})
+	n := start(t, harness.Options{})
 	ctx := namespaces.WithNamespace(t.Context(), "test")
 	named := map[string]string{"io.kubernetes.cri.image-name": n.image}
 	plain := rootfs(t, helper)
@@ -308,7 +309,7 @@ func TestTaskRefused(t *testing.T) {
 			if tc.args == nil {
 				tc.args = []string{"true"}
 			}
-			c := n.container(ctx, t, fmt.Sprintf("refused-%d", i), tc.annotations, tc.args...)
+			c := n.container(ctx, t, fmt.Sprintf("refused-%d", i), tc.annotations, tc.args)
 			task, err := c.NewTask(ctx, cio.NullIO, containerd.WithRootFS(tc.rootfs))
 			if err == nil {
 				t.Cleanup(func() { _, _ = task.Delete(ctx, containerd.WithProcessKill) })
@@ -345,7 +346,7 @@ func (n *node) shims(t *testing.T) []int {
 }
 
 func TestPod(t *testing.T) {
-	n := start(t, guest.Config{})
+	n := start(t, harness.Options{})
 	pod, err := n.RunPod(t.Context(), harness.PodSpec{Handler: harness.Guest})
 	require.NoError(t, err)
 	sandbox := n.record(t, harness.CRINamespace, pod.ID)
@@ -410,8 +411,69 @@ func TestPod(t *testing.T) {
 	assert.Empty(t, n.shims(t))
 }
 
+// A runtime handler chooses its guest's configuration as it does with Kata, by
+// the option ConfigPath. The two flavours differ on the mount type that needs a
+// patched Go shim: one host serves both, and only one of them starts pods.
+func TestFlavours(t *testing.T) {
+	rust := filepath.Join(t.TempDir(), "rust.json")
+	records := t.TempDir()
+	require.NoError(t, os.WriteFile(rust, []byte(`{"flavour":"rust","record_dir":"`+records+`"}`), 0o600))
+	shim, err := filepath.Abs("../../.build/containerd-shim-guest-v2")
+	require.NoError(t, err)
+	n := start(t, harness.Options{
+		PluginConfig: `mount_type = "fuse.guest-pull-overlayfs"`,
+		ExtraConfig: `[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.guest-rust]
+runtime_type = "io.containerd.guest.v2"
+runtime_path = "` + shim + `"
+snapshotter = "guest-pull"
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.guest-rust.options]
+ConfigPath = "` + rust + `"
+`})
+	_, err = n.RunPod(t.Context(), harness.PodSpec{Handler: harness.Guest})
+	require.ErrorContains(t, err, `mount type "fuse.guest-pull-overlayfs"`)
+
+	pod, err := n.RunPod(t.Context(), harness.PodSpec{Handler: "guest-rust"})
+	require.NoError(t, err)
+	c, err := pod.Run(t.Context(), harness.ContainerSpec{Image: n.image})
+	require.NoError(t, err)
+	_, err = c.WaitLogs(t.Context(), "hello from demo")
+	require.NoError(t, err)
+	r, err := guest.ReadRecord(records, harness.CRINamespace, c.ID)
+	require.NoError(t, err)
+	assert.Equal(t, guest.FlavourRust, r.Flavour)
+	assert.Equal(t, "fuse.guest-pull-overlayfs", r.Mount.Type)
+}
+
+// The guest makes the root file system, and the OCI configuration says whether
+// the container may write to it.
+func TestReadonlyRootfs(t *testing.T) {
+	n := start(t, harness.Options{})
+	ctx := namespaces.WithNamespace(t.Context(), "test")
+	for id, tc := range map[string]struct {
+		opts []oci.SpecOpts
+		out  string
+	}{
+		"writable": {out: "written\n"},
+		"readonly": {opts: []oci.SpecOpts{oci.WithRootFSReadonly()}, out: "touch: /tmp/x: Read-only file system\n"},
+	} {
+		c := n.container(ctx, t, id, map[string]string{"io.kubernetes.cri.image-name": n.image},
+			[]string{"sh", "-c", "touch /tmp/x 2>&1 && echo written"}, tc.opts...)
+		var out bytes.Buffer
+		task, err := c.NewTask(ctx, cio.NewCreator(cio.WithStreams(nil, &out, io.Discard), cio.WithFIFODir(t.TempDir())),
+			containerd.WithRootFS(rootfs(t, helper)))
+		require.NoError(t, err)
+		exit, err := task.Wait(ctx)
+		require.NoError(t, err)
+		require.NoError(t, task.Start(ctx))
+		<-exit
+		_, err = task.Delete(ctx)
+		require.NoError(t, err)
+		assert.Equal(t, tc.out, out.String())
+	}
+}
+
 func TestPodLosesItsShim(t *testing.T) {
-	n := start(t, guest.Config{})
+	n := start(t, harness.Options{})
 	pod, err := n.RunPod(t.Context(), harness.PodSpec{Handler: harness.Guest})
 	require.NoError(t, err)
 	c, err := pod.Run(t.Context(), harness.ContainerSpec{Image: n.image})

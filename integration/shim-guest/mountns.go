@@ -22,6 +22,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -97,5 +98,5 @@ func logToContainerd(err error) {
 		return
 	}
 	defer f.Close()
-	fmt.Fprintf(f, "time= level=error msg=%q runtime=%s\n", err.Error(), runtimeName)
+	_, _ = fmt.Fprintf(f, "time=%q level=error msg=%q runtime=%s\n", time.Now().Format(time.RFC3339Nano), err, runtimeName)
 }
