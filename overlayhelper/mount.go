@@ -54,11 +54,13 @@ type failure struct {
 // The work is done on a thread that ends with it, because it may have to give
 // the thread a working directory or a mount namespace of its own.
 func mountIn(namespace string, o *overlay, open contextOpener) error {
-	cwd, err := os.Getwd()
-	if err != nil && !o.isAbsolute() {
-		return errors.New(show(o.target) + ": mounting overlay: relative paths, and no working directory: " + errnoText(err))
+	if !o.isAbsolute() {
+		cwd, err := os.Getwd()
+		if err != nil {
+			return errors.New(show(o.target) + ": mounting overlay: relative paths, and no working directory: " + errnoText(err))
+		}
+		o = o.absolute(cwd)
 	}
-	o = o.absolute(cwd)
 
 	done := make(chan error)
 	go func() {
@@ -158,8 +160,10 @@ func mountData(o *overlay) *failure {
 type contextOpener func() (int, error)
 
 // openContext is the contextOpener of the running kernel.
-func openContext() (int, error) {
-	fd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
+func openContext() (int, error) { return openContextOf("overlay") }
+
+func openContextOf(fsType string) (int, error) {
+	fd, err := unix.Fsopen(fsType, unix.FSOPEN_CLOEXEC)
 	if err != nil {
 		return -1, err
 	}
