@@ -127,7 +127,7 @@ func (n *node) container(ctx context.Context, t *testing.T, id string, annotatio
 		}, opts...)...))
 	require.NoError(t, err)
 	t.Cleanup(func() {
-		err := c.Delete(namespaces.WithNamespace(context.Background(), "test"))
+		err := c.Delete(context.WithoutCancel(ctx))
 		assert.True(t, err == nil || errdefs.IsNotFound(err), "%v", err)
 	})
 	return c

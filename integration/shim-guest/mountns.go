@@ -98,5 +98,5 @@ func logToContainerd(err error) {
 		return
 	}
 	defer f.Close()
-	_, _ = fmt.Fprintf(f, "time=%q level=error msg=%q runtime=%s\n", time.Now().Format(time.RFC3339Nano), err, runtimeName)
+	fmt.Fprintf(f, "time=%q level=error msg=%q runtime=%s\n", time.Now().Format(time.RFC3339Nano), err, runtimeName)
 }

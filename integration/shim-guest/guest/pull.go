@@ -156,7 +156,7 @@ func (s *store) pullImage(ctx context.Context, cfg Config, imageName string) (Im
 	if err != nil {
 		return Image{}, err
 	}
-	defer os.RemoveAll(tmp) //nolint:errcheck // it goes away with the guest
+	defer os.RemoveAll(tmp)
 	if err := os.Chmod(tmp, 0o755); err != nil {
 		return Image{}, err
 	}
