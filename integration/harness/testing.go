@@ -18,13 +18,15 @@ package harness
 
 import (
 	"context"
+	"strings"
 	"testing"
 	"time"
 )
 
 // New starts a node for a test. When the test ends, what it left is removed as
 // kubelet would, and the node must then be empty and shut down cleanly. Of a
-// test that failed the end of containerd's log, and the registry's, are printed.
+// test that failed the end of containerd's log and of the registry's are printed;
+// with GUEST_PULL_KEEP set, all files stay.
 func New(t testing.TB, o Options) *Node {
 	t.Helper()
 	n, err := Start(t.Context(), o)
@@ -44,9 +46,9 @@ func New(t testing.TB, o Options) *Node {
 			}
 		}
 		if t.Failed() {
-			t.Logf("containerd's log (the last lines of %s):\n%s", n.LogFile(), n.LogTail(200))
+			t.Logf("the last lines of containerd's log:\n%s", tail(n.LogTail(maxLines)))
 			if o.Registry != nil {
-				t.Logf("the registry's log:\n%s", o.Registry.Log())
+				t.Logf("the last requests to the registry:\n%s", tail(o.Registry.Log().String()))
 			}
 		}
 		if err := n.Close(); err != nil {
@@ -54,4 +56,18 @@ func New(t testing.TB, o Options) *Node {
 		}
 	})
 	return n
+}
+
+const maxLines = 100
+
+// tail shortens what is printed of a test that failed: some lines are very long.
+func tail(text string) string {
+	lines := strings.Split(text, "\n")
+	lines = lines[max(0, len(lines)-maxLines):]
+	for i, l := range lines {
+		if len(l) > 400 {
+			lines[i] = l[:400] + "..."
+		}
+	}
+	return strings.Join(lines, "\n")
 }
