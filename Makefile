@@ -7,6 +7,9 @@ REVISION ?= $(shell git rev-parse HEAD 2>/dev/null)$(shell git diff --quiet HEAD
 
 # all: containerd with the patches of patches/containerd; none: stock containerd.
 PATCHES ?= all
+# The programs that are built, besides the link to the mount helper.
+PROGRAMS := containerd ctr containerd-shim-runc-v2 guest-pull-overlayfs
+
 # Where the binaries go.
 BIN     ?= bin
 PREFIX  ?= /usr/local
@@ -54,3 +57,67 @@ build: $(PATCHED) ## build containerd, ctr, the runc shim and the mount helper i
 patched: ## copy containerd's source out of the module cache and apply the patches to the copy
 	$(GO) run ./builder/patch -out $(BUILD_DIR)/patched
 .PHONY: patched
+
+install: ## install what `make build` built: PREFIX (/usr/local), DESTDIR; no configuration is touched
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 0755 $(addprefix $(BIN)/,$(PROGRAMS)) $(DESTDIR)$(PREFIX)/bin
+	ln -sfn guest-pull-overlayfs $(DESTDIR)$(PREFIX)/bin/nydus-overlayfs-guest-pull
+.PHONY: install
+
+uninstall: ## remove what `make install` installed
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,$(PROGRAMS) nydus-overlayfs-guest-pull)
+.PHONY: uninstall
+
+clean: ## remove bin/ and .build/
+	rm -rf $(BIN) $(BUILD_DIR)
+.PHONY: clean
+
+## ---------------------------------------------------------------- try and test
+
+# What the demo and the tests run besides the binaries: runc, mount.fuse, a
+# static shell for the images, mke2fs for a file system without d_type.
+DEBIAN_PACKAGES := runc fuse3 busybox-static e2fsprogs git ca-certificates
+
+deps: ## install the Debian packages that the demo and the tests need
+	@missing=$$(for p in $(DEBIAN_PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+		echo "installing Debian packages:" $$missing; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	fi
+.PHONY: deps
+
+test-tools: ## build the test equipment (the stand-in guest) into .build/
+	cd integration && CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -o ../$(BUILD_DIR)/containerd-shim-guest-v2 ./shim-guest
+.PHONY: test-tools
+
+demo: deps build test-tools ## pull an image in a guest and see it happen (IMAGE=reference: an image of yours)
+	cd integration && IMAGE='$(IMAGE)' $(GO) run ./demo
+.PHONY: demo
+
+GOLANGCI_LINT_VERSION := v2.9.0
+GOLANGCI_LINT := $(BUILD_DIR)/tools/golangci-lint-$(GOLANGCI_LINT_VERSION)
+
+$(GOLANGCI_LINT):
+	GOBIN=$(CURDIR)/$(BUILD_DIR)/tools $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT_VERSION)
+	mv $(BUILD_DIR)/tools/golangci-lint $@
+
+lint: $(GOLANGCI_LINT) ## run golangci-lint on every module
+	$(GOLANGCI_LINT) run --allow-parallel-runners ./...
+	cd integration && ../$(GOLANGCI_LINT) run --allow-parallel-runners -c ../.golangci.yml ./...
+.PHONY: lint
+
+unit: deps ## run the unit and conformance tests, with the race detector
+	$(GO) test -race ./plugin/volume/... ./overlayhelper/... ./builder/...
+	$(GO) test -race ./plugin/ ./plugin/snapshotter/... -args -test.root
+.PHONY: unit
+
+unit-patched: patched ## run containerd's own tests of every package that a patch touches
+	cd $(BUILD_DIR)/patched/containerd && $(GO) test $$(cd $(CURDIR) && $(GO) run ./builder/patch -packages)
+.PHONY: unit-patched
+
+integration: deps build test-tools ## run the built binaries against a registry, with runc and with the stand-in guest
+	cd integration && $(GO) test -count=1 -timeout 30m ./...
+.PHONY: integration
+
+test: lint unit unit-patched integration ## lint, unit, conformance and integration tests
+.PHONY: test

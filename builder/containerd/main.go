@@ -29,6 +29,7 @@ import (
 
 	// The plugins of stock containerd, and ours.
 	_ "github.com/containerd/containerd/v2/cmd/containerd/builtins"
+
 	_ "github.com/guest-pull/guest-pull-snapshotter/plugin"
 )
 

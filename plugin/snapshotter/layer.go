@@ -19,6 +19,7 @@ package snapshotter
 import (
 	"context"
 	"fmt"
+	"maps"
 	"regexp"
 	"strconv"
 	"strings"
@@ -124,9 +125,7 @@ func updateLayer(info snapshots.Info, fieldpaths []string) (snapshots.Info, erro
 		}
 	}
 	updated := layerInfo(info.Name)
-	for k, v := range info.Labels {
-		updated.Labels[k] = v
-	}
+	maps.Copy(updated.Labels, info.Labels)
 	updated.Updated = time.Now().UTC()
 	return updated, nil
 }
