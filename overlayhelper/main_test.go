@@ -77,7 +77,7 @@ func scratch(t *testing.T) string {
 	t.Helper()
 	needMounts(t)
 	// Not t.TempDir, which puts a subtest's name into the path, commas too.
-	dir, err := os.MkdirTemp("", "guest-pull-overlayfs-test-")
+	dir, err := os.MkdirTemp("", "guest-pull-overlayfs-test-") //nolint:usetesting
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, os.Remove(dir)) })
 	require.NoError(t, unix.Mount("tmpfs", dir, "tmpfs", 0, ""))
@@ -118,7 +118,7 @@ func mountInfo(t *testing.T, target string) []string {
 	t.Helper()
 	target = strings.NewReplacer(`\`, `\134`, " ", `\040`, "\t", `\011`, "\n", `\012`).Replace(target)
 	var found []string
-	for _, line := range strings.Split(strings.TrimSpace(read(t, "/proc/self/mountinfo")), "\n") {
+	for line := range strings.SplitSeq(strings.TrimSpace(read(t, "/proc/self/mountinfo")), "\n") {
 		mount, fs, ok := strings.Cut(line, " - ")
 		require.True(t, ok, line)
 		if f := strings.Fields(mount); f[4] == target {
@@ -131,7 +131,7 @@ func mountInfo(t *testing.T, target string) []string {
 var binaryDir string
 
 var buildBinary = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "guest-pull-overlayfs-test-")
+	dir, err := os.MkdirTemp("", "guest-pull-overlayfs-test-") //nolint:usetesting
 	if err != nil {
 		return "", err
 	}

@@ -44,13 +44,15 @@ func errnoText(err error) string {
 // tell. mount(2) gives a number and no more, and much of what overlayfs has to
 // say goes to the kernel's log only; so this looks at what is there.
 func reason(o *overlay, f *failure) string {
-	if f.err == unix.EPERM {
+	var errno unix.Errno
+	errors.As(f.err, &errno)
+	if errno == unix.EPERM {
 		if os.Geteuid() != 0 {
 			return "only root can mount; run it as root"
 		}
 		return "mounting needs CAP_SYS_ADMIN in this mount namespace, and a seccomp or security profile that allows it"
 	}
-	if f.err == unix.E2BIG {
+	if errno == unix.E2BIG {
 		return "the options are longer than a memory page (" + strconv.Itoa(os.Getpagesize()) +
 			" bytes), even relative to the directory of the layers, and not fit for fsconfig; use fewer layers or shorter paths"
 	}
@@ -63,7 +65,7 @@ func reason(o *overlay, f *failure) string {
 	if why := reasonInPaths(o); why != "" {
 		return why
 	}
-	switch f.err {
+	switch errno {
 	case unix.ENODEV:
 		return "this kernel has no overlayfs; load it with \"modprobe overlay\""
 	case unix.ESTALE:
@@ -88,7 +90,7 @@ func reason(o *overlay, f *failure) string {
 	if log := publicLog(o, f.log); log != "" {
 		return log
 	}
-	if f.err == unix.EINVAL {
+	if errno == unix.EINVAL {
 		return "an option is unknown or does not fit the others; the kernel's log (dmesg) has the reason"
 	}
 	return ""

@@ -78,7 +78,7 @@ func build(t *testing.T, pkg string) string {
 func TestSamePackagesAsStock(t *testing.T) {
 	const format = "{{if not .Standard}}{{.ImportPath}}{{end}}"
 	packages := map[string]bool{}
-	for _, p := range strings.FieldsSeq(output(t, "go", "list", "-deps", "-f", format, ".")) {
+	for p := range strings.FieldsSeq(output(t, "go", "list", "-deps", "-f", format, ".")) {
 		packages[p] = true
 	}
 	stock := strings.Fields(output(t, "go", "list", "-deps", "-f", format, containerdModule+"/cmd/containerd"))

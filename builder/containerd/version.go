@@ -49,7 +49,7 @@ var guestPullCommand = &cli.Command{
 				return nil
 			}
 			fmt.Fprintln(w, "patches:")
-			for _, p := range strings.SplitSeq(patches, ",") {
+			for p := range strings.SplitSeq(patches, ",") {
 				fmt.Fprintln(w, "  "+p)
 			}
 			return nil

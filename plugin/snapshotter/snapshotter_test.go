@@ -269,7 +269,7 @@ func TestMountsAfterRestart(t *testing.T) {
 	assert.Equal(t, view, viewAgain)
 	for _, o := range append(again[0].Options[:3], view[0].Options[0]) {
 		_, dirs, _ := strings.Cut(o, "=")
-		for _, d := range strings.SplitSeq(dirs, ":") {
+		for d := range strings.SplitSeq(dirs, ":") {
 			assert.DirExists(t, d)
 		}
 	}
