@@ -20,6 +20,7 @@
 package integration_test
 
 import (
+	"os"
 	"testing"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -36,7 +37,8 @@ import (
 	"github.com/guest-pull/guest-pull-snapshotter/plugin/volume"
 )
 
-// newNode starts a registry and a node. At the end of the test the registry's
+// newNode starts a registry and a node, for tests in which nothing but guests may
+// run. At the end of the test the registry's
 // log has the last word: whatever else the test looked at, the host must not
 // have asked for any layer.
 func newNode(t *testing.T, o harness.Options) (*harness.Node, *registry.Registry) {
@@ -52,6 +54,13 @@ func newNode(t *testing.T, o harness.Options) (*harness.Node, *registry.Registry
 
 func newRegistry(t *testing.T, o ...registry.Option) *registry.Registry {
 	t.Helper()
+	// For guests that are not on this machine's loopback, or not the stand-in.
+	if ip := os.Getenv("REGISTRY_ADDRESS"); ip != "" {
+		o = append(o, registry.WithAddress(ip))
+	}
+	if agent := os.Getenv("GUEST_USER_AGENT"); agent != "" {
+		o = append(o, registry.WithGuestUserAgent(agent))
+	}
 	reg, err := registry.Start(o...)
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, reg.Close()) })

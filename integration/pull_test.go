@@ -41,7 +41,8 @@ var pullPaths = []struct {
 	{"local", harness.Options{LocalPull: true}},
 	{"transfer, discard_unpacked_layers", harness.Options{DiscardUnpackedLayers: true}},
 	{"local, discard_unpacked_layers", harness.Options{LocalPull: true, DiscardUnpackedLayers: true}},
-	{"transfer, handler as annotation", harness.Options{PullHint: harness.HintAnnotation}},
+	{"transfer, handler in ImageSpec", harness.Options{PullHint: harness.HintImageSpec}},
+	{"local, handler in annotation", harness.Options{LocalPull: true, PullHint: harness.HintAnnotation}},
 }
 
 // A layer that the snapshotter says it has is not fetched, whatever it is made
@@ -81,6 +82,25 @@ func TestPullAndRun(t *testing.T) {
 					require.NoError(t, pod.Remove(t.Context()))
 				})
 			}
+		})
+	}
+}
+
+// The control for all the others: the same calls for the handler runc make the
+// host fetch and keep each layer, and the same witnesses notice.
+func TestRuncPullsOnTheHost(t *testing.T) {
+	for _, path := range pullPaths[:2] {
+		t.Run(path.name, func(t *testing.T) {
+			reg := newRegistry(t)
+			path.options.Registry = reg
+			n := harness.New(t, path.options)
+			img := push(t, reg, images.Spec{Name: "app", Layers: 5})
+			pod := runPod(t, n, harness.PodSpec{Handler: harness.Runc})
+			c := run(t, pod, harness.ContainerSpec{Image: img.Ref})
+			requireRuns(t, c, img)
+			require.ElementsMatch(t, img.Layers, reg.Log().By(registry.Host).Of(registry.Layer).OK().In(img.Name).References())
+			require.ElementsMatch(t, img.Layers, n.Blobs(img.Layers...))
+			require.Empty(t, reg.Log().By(registry.Guest))
 		})
 	}
 }

@@ -17,11 +17,15 @@
 package harness
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"net"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 
@@ -151,9 +155,24 @@ func findBinaries(o Options) (binaries, error) {
 			return b, repoErr
 		}
 		b.shim = filepath.Join(repo, ".build", standInBinary)
-		return b, exist("build the stand-in guest: cd integration && CGO_ENABLED=0 go build -o ../.build/"+standInBinary+" ./shim-guest", b.shim)
+		return b, exist("run `make test-tools`", b.shim)
 	}
 	return b, nil
+}
+
+// patches asks the containerd binary. Stock containerd does not know the question
+// and has none.
+func (b binaries) patches(ctx context.Context) ([]string, error) {
+	var exit *exec.ExitError
+	out, err := exec.CommandContext(ctx, filepath.Join(b.dir, "containerd"), "guest-pull", "version").Output()
+	if errors.As(err, &exit) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("ask containerd for its patches: %w", err)
+	}
+	_, list, _ := strings.Cut(string(out), "\npatches:\n")
+	return strings.Fields(list), nil
 }
 
 func exist(remedy string, files ...string) error {
@@ -267,15 +286,10 @@ func writeConfig(p paths, b binaries, o Options) error {
 		errs = append(errs, os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, data, 0o600))
 	}
 	write(p.config(), text)
-	if o.Registry != nil && o.Registry.CA() != nil {
-		guestConf.CAFile = p.ca()
-		write(p.ca(), o.Registry.CA())
-		u, err := url.Parse(o.Registry.URL())
-		if err != nil {
+	if o.Registry != nil {
+		if err := trust(p, o.Registry, &guestConf, write); err != nil {
 			return err
 		}
-		write(filepath.Join(p.hosts(), u.Host, "hosts.toml"), fmt.Appendf(nil,
-			"server = %q\n[host.%q]\n  ca = %q\n", u.String(), u.String(), p.ca()))
 	}
 	guestText, err := json.MarshalIndent(guestConf, "", "  ")
 	if err != nil {
@@ -283,6 +297,34 @@ func writeConfig(p paths, b binaries, o Options) error {
 	}
 	write(p.guestConf(), guestText)
 	return errors.Join(errs...)
+}
+
+// trust makes containerd and the guest talk to a registry that they would not
+// talk to by default. A registry on loopback without TLS needs nothing.
+func trust(p paths, r *registry.Registry, g *guest.Config, write func(string, []byte)) error {
+	u, err := url.Parse(r.URL())
+	if err != nil {
+		return err
+	}
+	hosts := fmt.Sprintf("server = %q\n[host.%q]\n", u, u)
+	switch {
+	case r.CA() != nil:
+		write(p.ca(), r.CA())
+		g.CAFile = p.ca()
+		hosts += fmt.Sprintf("  ca = %q\n", p.ca())
+	case net.ParseIP(u.Hostname()).IsLoopback():
+		return nil
+	default:
+		g.Registries = maps.Clone(g.Registries)
+		if g.Registries == nil {
+			g.Registries = map[string]guest.Registry{}
+		}
+		conf := g.Registries[u.Host]
+		conf.PlainHTTP = true
+		g.Registries[u.Host] = conf
+	}
+	write(filepath.Join(p.hosts(), u.Host, "hosts.toml"), []byte(hosts))
+	return nil
 }
 
 // merge puts from over into, table by table.

@@ -36,16 +36,18 @@ import (
 type Hint int
 
 const (
-	// HintImageSpec sends the handler in the request's ImageSpec, as kubelet
-	// does with the feature gate RuntimeClassInImageCriApi. Stock containerd
-	// understands it.
-	HintImageSpec Hint = iota
-	// HintAnnotation sends the handler as an annotation of the sandbox
-	// config, which stock containerd understands and has deprecated.
-	HintAnnotation
+	// HintAuto is HintNone for a containerd with this project's patches, and
+	// HintImageSpec for one without, which would pull on the host otherwise.
+	HintAuto Hint = iota
 	// HintNone sends the pod's sandbox config and nothing about a handler, as
 	// kubelet does by default.
 	HintNone
+	// HintImageSpec sends the handler in the request's ImageSpec, as kubelet
+	// does with the feature gate RuntimeClassInImageCriApi.
+	HintImageSpec
+	// HintAnnotation sends the handler as an annotation of the sandbox
+	// config, which stock containerd understands and has deprecated.
+	HintAnnotation
 )
 
 // handlerAnnotation is containerd's (internal/cri/annotations).
@@ -159,7 +161,8 @@ func (p *Pod) Status(ctx context.Context) (*runtimeapi.PodSandboxStatus, error) 
 type PullSpec struct {
 	Image string
 	Auth  *runtimeapi.AuthConfig
-	// Handler and Hint name the runtime handler in the request.
+	// Handler is named in the request in the way that Hint says; HintAuto is
+	// that of the node's options.
 	Handler string
 	Hint    Hint
 	// Pod is the config of the pod that the pull is for; nil sends none.
@@ -174,6 +177,9 @@ func (n *Node) Pull(ctx context.Context, s PullSpec) (string, error) {
 		Image:         &runtimeapi.ImageSpec{Image: s.Image, Annotations: s.Annotations},
 		Auth:          s.Auth,
 		SandboxConfig: s.Pod,
+	}
+	if s.Hint == HintAuto {
+		s.Hint = n.opts.PullHint
 	}
 	switch s.Hint {
 	case HintImageSpec:
@@ -207,7 +213,6 @@ func (p *Pod) pull(ctx context.Context, image string, auth *runtimeapi.AuthConfi
 		Image:       image,
 		Auth:        auth,
 		Handler:     p.Handler,
-		Hint:        p.node.opts.PullHint,
 		Pod:         p.Config,
 		Annotations: p.Config.Annotations,
 	})

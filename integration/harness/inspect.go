@@ -334,20 +334,20 @@ func (p proc) String() string { return fmt.Sprintf("%d: %s", p.pid, p.command) }
 // Containerd itself is not among them.
 func (n *Node) processes() []proc {
 	var found []proc
-	dirs, _ := filepath.Glob("/proc/[0-9]*") //nolint:errcheck // the pattern is fine
+	dirs, _ := filepath.Glob("/proc/[0-9]*") // the pattern is fine
 	for _, dir := range dirs {
 		pid, err := strconv.Atoi(filepath.Base(dir))
 		if err != nil || pid == n.Pid() || pid == os.Getpid() {
 			continue
 		}
 		// Whatever cannot be read is gone.
-		env, _ := os.ReadFile(filepath.Join(dir, "environ"))   //nolint:errcheck // see above
-		cgroup, _ := os.ReadFile(filepath.Join(dir, "cgroup")) //nolint:errcheck // see above
+		env, _ := os.ReadFile(filepath.Join(dir, "environ"))   // see above
+		cgroup, _ := os.ReadFile(filepath.Join(dir, "cgroup")) // see above
 		if !slices.ContainsFunc(bytes.Split(env, []byte{0}), func(v []byte) bool { return string(v) == markEnv+"="+n.id }) &&
 			!bytes.Contains(cgroup, []byte(n.CgroupParent()+"/")) {
 			continue
 		}
-		cmdline, _ := os.ReadFile(filepath.Join(dir, "cmdline")) //nolint:errcheck // see above
+		cmdline, _ := os.ReadFile(filepath.Join(dir, "cmdline")) // see above
 		if len(cmdline) > 0 {
 			found = append(found, proc{pid, strings.TrimSpace(strings.ReplaceAll(string(cmdline), "\x00", " "))})
 		}
@@ -361,7 +361,7 @@ func (n *Node) killProcesses(ctx context.Context) error {
 	return poll(ctx, func() error {
 		left := n.processes()
 		for _, p := range left {
-			syscall.Kill(p.pid, syscall.SIGKILL) //nolint:errcheck // looked at again
+			syscall.Kill(p.pid, syscall.SIGKILL) // looked at again
 		}
 		if len(left) > 0 {
 			return fmt.Errorf("processes do not end: %v", left)

@@ -50,6 +50,7 @@ type Node struct {
 
 	paths
 	bin     binaries
+	patches []string
 	opts    Options
 	id      string // marks processes and names cgroups
 	conn    *grpc.ClientConn
@@ -82,11 +83,21 @@ func Start(ctx context.Context, o Options) (*Node, error) {
 			return nil, err
 		}
 	}
+	patches, err := bin.patches(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if o.PullHint == HintAuto {
+		o.PullHint = HintImageSpec
+		if len(patches) > 0 {
+			o.PullHint = HintNone
+		}
+	}
 	dir, err := os.MkdirTemp("", "gp-")
 	if err != nil {
 		return nil, err
 	}
-	n := &Node{paths: paths{dir}, bin: bin, opts: o, id: filepath.Base(dir)}
+	n := &Node{paths: paths{dir}, bin: bin, patches: patches, opts: o, id: filepath.Base(dir)}
 	if err := errors.Join(os.Mkdir(n.shims(), 0o700), writeConfig(n.paths, bin, o)); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
@@ -152,6 +163,9 @@ func (n *Node) StandIn() bool { return n.bin.runtimeType == StandIn }
 // RuntimeType returns the runtime type of the handler Guest, as ctr's --runtime
 // takes it.
 func (n *Node) RuntimeType() string { return n.bin.runtimeType }
+
+// Patches names the patches to containerd that are built into the node's.
+func (n *Node) Patches() []string { return n.patches }
 
 // Pid returns the process ID of containerd, or 0 when it is not running.
 func (n *Node) Pid() int {
@@ -275,7 +289,7 @@ func (n *Node) signal(s syscall.Signal) error {
 	select {
 	case <-p.done:
 	case <-time.After(stopTimeout):
-		p.cmd.Process.Kill() //nolint:errcheck // reported as a whole
+		p.cmd.Process.Kill() // reported as a whole
 		<-p.done
 		n.process = nil
 		return fmt.Errorf("containerd had not ended %s after %s and was killed", stopTimeout, s)
@@ -317,8 +331,8 @@ func (n *Node) Close() error {
 	defer cancel()
 	var errs []error
 	if n.process != nil {
-		n.removePods(ctx)       //nolint:errcheck // what stays is ended below
-		n.removeContainers(ctx) //nolint:errcheck // likewise
+		n.removePods(ctx)       // what stays is ended below
+		n.removeContainers(ctx) // likewise
 		errs = append(errs, n.Down())
 	}
 	if n.Client != nil {

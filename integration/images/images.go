@@ -138,7 +138,7 @@ func Build(s Spec) (v1.Image, error) {
 			files = base
 		} else {
 			data := make([]byte, s.LayerSize)
-			random.Read(data) //nolint:errcheck // never fails
+			random.Read(data) // never fails
 			files = []file{dir("data"), {name: fmt.Sprintf("data/%02d", i), mode: 0o644, data: data}}
 		}
 		if i == s.Layers-1 {
@@ -346,10 +346,13 @@ func layer(files []file, enc Encoding, random io.Reader) (v1.Layer, error) {
 // Busybox returns a statically linked busybox: the one that BUSYBOX names, or
 // /bin/busybox.
 var Busybox = sync.OnceValues(func() ([]byte, error) {
-	path := os.Getenv("BUSYBOX")
-	if path == "" {
-		path = "/bin/busybox"
+	if path := os.Getenv("BUSYBOX"); path != "" {
+		return staticBinary(path)
 	}
+	return staticBinary("/bin/busybox")
+})
+
+func staticBinary(path string) ([]byte, error) {
 	const remedy = "install the package busybox-static (apt-get install busybox-static), or let BUSYBOX name a static busybox"
 	data, err := os.ReadFile(path)
 	if err != nil {
@@ -363,15 +366,15 @@ var Busybox = sync.OnceValues(func() ([]byte, error) {
 		return nil, fmt.Errorf("images: %s is linked dynamically and cannot run alone in an image; %s", path, remedy)
 	}
 	return data, nil
-})
+}
 
-var applets = strings.Fields(`cat chmod chown cp dd df echo env false find grep head hostname id kill ln ls
+var applets = strings.Fields(`cat chmod chown cp dd df echo env false find cut du grep head hostname id kill ln ls
 	mkdir mount mv nc printf ps pwd readlink rm sed sh sha256sum sleep sort stat sync tail tar test touch tr
 	true uname uniq wc wget whoami`)
 
 func seed(name string) (s [32]byte) {
 	h := fnv.New128a()
-	io.WriteString(h, name) //nolint:errcheck // never fails
+	io.WriteString(h, name) // never fails
 	h.Sum(s[:0])
 	return s
 }

@@ -107,21 +107,20 @@ func (a *auth) issue(w http.ResponseWriter, req *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
-	json.NewEncoder(w).Encode(map[string]any{ //nolint:errcheck // the client will notice
+	json.NewEncoder(w).Encode(map[string]any{ // the client will notice
 		"token":        a.bearer,
 		"access_token": a.bearer,
 		"expires_in":   3600,
 	})
 }
 
-// authority is a private certification authority with one certificate for the
-// loopback interface.
+// authority is a private certification authority with one certificate.
 type authority struct {
 	pem  []byte
 	leaf tls.Certificate
 }
 
-func newAuthority() (*authority, error) {
+func newAuthority(ip net.IP) (*authority, error) {
 	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, err
@@ -152,7 +151,7 @@ func newAuthority() (*authority, error) {
 		KeyUsage:     x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 		DNSNames:     []string{"localhost"},
-		IPAddresses:  []net.IP{net.IPv4(127, 0, 0, 1), net.IPv6loopback},
+		IPAddresses:  []net.IP{ip},
 	}
 	leafDER, err := x509.CreateCertificate(rand.Reader, leaf, ca, key.Public(), caKey)
 	if err != nil {

@@ -122,7 +122,7 @@ func Reset() Action {
 			panic(http.ErrAbortHandler)
 		}
 		if tcp, ok := conn.(*net.TCPConn); ok {
-			tcp.SetLinger(0) //nolint:errcheck // without it, it is a plain close
+			tcp.SetLinger(0) // without it, it is a plain close
 		}
 		conn.Close()
 	}
@@ -146,8 +146,8 @@ func (w *truncatingWriter) Write(p []byte) (int, error) {
 		w.left -= int64(len(p))
 		return w.ResponseWriter.Write(p)
 	}
-	w.ResponseWriter.Write(p[:w.left])                   //nolint:errcheck // the connection is cut next
-	http.NewResponseController(w.ResponseWriter).Flush() //nolint:errcheck // likewise
+	w.ResponseWriter.Write(p[:w.left])                   // the connection is cut next
+	http.NewResponseController(w.ResponseWriter).Flush() // likewise
 	panic(http.ErrAbortHandler)
 }
 

@@ -19,6 +19,7 @@ package registry
 import (
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 )
@@ -127,14 +128,7 @@ func (l Log) By(c Client) Log {
 
 // Of returns the requests that were for any of these kinds.
 func (l Log) Of(kinds ...Kind) Log {
-	return l.Where(func(q Request) bool {
-		for _, k := range kinds {
-			if q.Kind == k {
-				return true
-			}
-		}
-		return false
-	})
+	return l.Where(func(q Request) bool { return slices.Contains(kinds, q.Kind) })
 }
 
 // In returns the requests for a repository, such as "alpine".

@@ -60,12 +60,14 @@ const GuestUserAgent = "guest-pull-stand-in-guest"
 // Registry is a registry that listens on the loopback interface. Its content
 // lives in memory and goes away with [Registry.Close].
 type Registry struct {
+	ip         string
 	addr       string
 	server     *http.Server
 	serve      http.Handler // the content, without log, faults and authentication
 	blobs      *blobStore
 	guestAgent string
 	auth       *auth
+	tls        bool
 	ca         *authority
 
 	mu     sync.Mutex
@@ -91,6 +93,18 @@ func WithGuestUserAgent(s string) Option {
 	}
 }
 
+// WithAddress makes the registry listen on another address than 127.0.0.1, for
+// guests that have a network of their own. It is an IP address of this machine.
+func WithAddress(ip string) Option {
+	return func(r *Registry) error {
+		if net.ParseIP(ip) == nil {
+			return fmt.Errorf("registry: %q is not an IP address to listen on", ip)
+		}
+		r.ip = ip
+		return nil
+	}
+}
+
 // WithBasicAuth makes every request need this user and password.
 func WithBasicAuth(user, password string) Option {
 	return func(r *Registry) error {
@@ -112,16 +126,17 @@ func WithTokenAuth(user, password string) Option {
 // nobody trusts by default; see [Registry.CA].
 func WithTLS() Option {
 	return func(r *Registry) error {
-		ca, err := newAuthority()
-		r.ca = ca
-		return err
+		r.tls = true
+		return nil
 	}
 }
 
-// Start starts a registry on a free port of 127.0.0.1.
+// Start starts a registry on a free port, of 127.0.0.1 unless WithAddress says
+// otherwise.
 func Start(opts ...Option) (*Registry, error) {
 	blobs := &blobStore{m: map[string][]byte{}}
 	r := &Registry{
+		ip:         "127.0.0.1",
 		blobs:      blobs,
 		guestAgent: GuestUserAgent,
 		kinds:      map[string]Kind{},
@@ -131,13 +146,20 @@ func Start(opts ...Option) (*Registry, error) {
 			return nil, err
 		}
 	}
+	if r.tls {
+		ca, err := newAuthority(net.ParseIP(r.ip))
+		if err != nil {
+			return nil, fmt.Errorf("registry: %w", err)
+		}
+		r.ca = ca
+	}
 	r.serve = r.withKinds(blobs.serve(registry.New(
 		registry.WithBlobHandler(blobs),
 		registry.WithReferrersSupport(true),
 		registry.Logger(log.New(io.Discard, "", 0)),
 	)))
 
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.Listen("tcp", net.JoinHostPort(r.ip, "0"))
 	if err != nil {
 		return nil, fmt.Errorf("registry: %w", err)
 	}
@@ -153,7 +175,7 @@ func Start(opts ...Option) (*Registry, error) {
 			MinVersion:   tls.VersionTLS12,
 		})
 	}
-	go r.server.Serve(l) //nolint:errcheck // always ErrServerClosed
+	go r.server.Serve(l) // always ErrServerClosed
 	return r, nil
 }
 
