@@ -119,5 +119,27 @@ integration: deps build test-tools ## run the built binaries against a registry,
 	cd integration && $(GO) test -count=1 -timeout 30m ./...
 .PHONY: integration
 
+# A Kubernetes cluster of one node, built from source once: etcd, kube-apiserver
+# and kubelet as released, by the versions in integration/kubernetes/go.mod.
+KUBERNETES := $(BUILD_DIR)/kubernetes
+KUBERNETES_VERSION = $(shell cd integration/kubernetes && $(GO) list -m -f '{{.Version}}' k8s.io/kubernetes)
+KUBERNETES_BUILD = cd integration/kubernetes && CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w \
+	-X k8s.io/component-base/version.gitVersion=$(KUBERNETES_VERSION)'
+E2E = cd integration && GUEST_PULL_CONTAINERD=$(abspath $(BIN)) GUEST_PULL_KUBERNETES=$(abspath $(KUBERNETES)) \
+	$(GO) test -count=1 -v ./cluster
+
+kubernetes: ## build etcd, kube-apiserver and kubelet into .build/kubernetes (ten minutes, once)
+	$(KUBERNETES_BUILD) -o $(abspath $(KUBERNETES))/ k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kubelet
+	$(KUBERNETES_BUILD) -o $(abspath $(KUBERNETES))/etcd go.etcd.io/etcd/server/v3
+.PHONY: kubernetes
+
+e2e-kubernetes-core: deps build test-tools kubernetes ## run the most important cases of e2e-kubernetes
+	$(E2E) -timeout 20m -run '^TestCore'
+.PHONY: e2e-kubernetes-core
+
+e2e-kubernetes: deps build test-tools kubernetes ## deploy pods to a real kubelet (PATCHES=none BIN=.build/bin-stock: what stock containerd gets wrong)
+	$(E2E) -timeout 60m
+.PHONY: e2e-kubernetes
+
 test: lint unit unit-patched integration ## lint, unit, conformance and integration tests
 .PHONY: test
