@@ -115,7 +115,7 @@ unit-patched: patched ## run containerd's own tests of every package that a patc
 	cd $(BUILD_DIR)/patched/containerd && $(GO) test $$(cd $(CURDIR) && $(GO) run ./builder/patch -packages)
 .PHONY: unit-patched
 
-integration: deps build test-tools ## run the built binaries against a registry, with runc and with the stand-in guest
+integration: deps build test-tools bench-binaries ## run the built binaries against a registry, with runc and with the stand-in guest
 	cd integration && $(GO) test -count=1 -timeout 30m ./...
 .PHONY: integration
 
@@ -140,6 +140,29 @@ e2e-kubernetes-core: deps build test-tools kubernetes ## run the most important 
 e2e-kubernetes: deps build test-tools kubernetes ## deploy pods to a real kubelet (PATCHES=none BIN=.build/bin-stock: what stock containerd gets wrong)
 	$(E2E) -timeout 60m
 .PHONY: e2e-kubernetes
+
+## ---------------------------------------------------------------- measure
+
+# What the benchmarks compare with: stock containerd, and containerd with the
+# plugin but without patches, both built with the flags of `make build`.
+BENCH := $(BUILD_DIR)/bench
+
+bench-binaries: ## build what the benchmarks compare with into .build/bench/
+	@mkdir -p $(BENCH)/stock
+	$(MAKE) build PATCHES=none BIN=$(BENCH)/unpatched
+	$(GO_BUILD) -o $(BENCH)/stock/ $(CONTAINERD)/cmd/containerd
+	for p in ctr containerd-shim-runc-v2; do ln -sfn ../unpatched/$$p $(BENCH)/stock/$$p; done
+bench-binaries: MODFILE =
+bench-binaries: PATCH_LIST =
+.PHONY: bench-binaries
+
+bench: deps build test-tools bench-binaries ## measure everything against its peers (15 minutes); results go to integration/bench/
+	cd integration && $(GO) run ./bench -out bench
+.PHONY: bench
+
+bench-short: deps build test-tools bench-binaries ## the same on a small scale (2 minutes), which `make test` runs too; only prints
+	cd integration && $(GO) run ./bench -short
+.PHONY: bench-short
 
 test: lint unit unit-patched integration ## lint, unit, conformance and integration tests
 .PHONY: test
