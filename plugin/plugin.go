@@ -25,12 +25,14 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/log"
 	"github.com/containerd/platforms"
 	"github.com/containerd/plugin"
 	"github.com/containerd/plugin/registry"
 
+	"github.com/guest-pull/guest-pull-snapshotter/plugin/metrics"
 	"github.com/guest-pull/guest-pull-snapshotter/plugin/snapshotter"
 )
 
@@ -59,10 +61,13 @@ type Config struct {
 
 func init() {
 	registry.Register(&plugin.Registration{
-		Type:   plugins.SnapshotPlugin,
-		ID:     ID,
-		Config: &Config{MountType: snapshotter.DefaultMountType},
-		InitFn: initialize,
+		Type: plugins.SnapshotPlugin,
+		ID:   ID,
+		// Only to read manifests, from which the metrics know what was left to
+		// the guest.
+		Requires: []plugin.Type{plugins.ContentPlugin},
+		Config:   &Config{MountType: snapshotter.DefaultMountType},
+		InitFn:   initialize,
 	})
 }
 
@@ -95,12 +100,27 @@ func initialize(ic *plugin.InitContext) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	logger := log.G(ic.Context).WithField("root", root).WithField("mount_type", config.MountType)
+	logger := log.G(ic.Context).WithFields(log.Fields{
+		"root":          root,
+		"mount_type":    config.MountType,
+		"sync_remove":   config.SyncRemove,
+		"mount_options": config.MountOptions,
+	})
 	logger.Info("guest-pull snapshotter: images are left to the guest to pull")
 	for _, problem := range missingHelpers(config.MountType) {
 		logger.Warn(problem)
 	}
-	return s, nil
+
+	m := metrics.New()
+	var blobs content.Provider
+	if store, err := ic.GetSingle(plugins.ContentPlugin); err == nil {
+		blobs, _ = store.(content.Provider) // without one, sizes are unknown
+	}
+	wrapped := m.Wrap(s, blobs)
+	if err := m.Register(); err != nil {
+		logger.WithError(err).Warn("the guest-pull snapshotter has no metrics")
+	}
+	return wrapped, nil
 }
 
 // missingHelpers says which programs are not found that containerd runs when it

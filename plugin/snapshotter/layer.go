@@ -18,6 +18,7 @@ package snapshotter
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"regexp"
@@ -56,19 +57,23 @@ var extraction = regexp.MustCompile(`(^|/)` + snapshots.UnpackKeyPrefix + `-\S+ 
 // (containerd, internal/cri/server/helpers.go, getImageVolumeHostPath).
 var imageVolume = regexp.MustCompile(`/image-volumes/[^/]+/[^/]+$`)
 
+// ErrContentOnHost is why a request that would put an image's content on the
+// host, or show its absence there, is refused. Such an error wraps
+// errdefs.ErrFailedPrecondition as well.
+var ErrContentOnHost = errors.New("the guest-pull snapshotter keeps image content off the host")
+
 // refuseContent fails closed: it refuses the preparation of a snapshot that
 // would hold an image's content, or show its absence, on the host.
 func refuseContent(key, parent string) error {
-	const why = "the guest-pull snapshotter keeps image content off the host"
 	if extraction.MatchString(key) {
-		return fmt.Errorf("extract a layer into snapshot %q: %s, and the request names no %s label that would tell it which layer to leave to the guest: "+
+		return fmt.Errorf("extract a layer into snapshot %q: %w, and the request names no %s label that would tell it which layer to leave to the guest: "+
 			"pull the image for a runtime handler that uses this snapshotter, or unpack it with another snapshotter: %w",
-			key, why, snapshots.LabelSnapshotRef, errdefs.ErrFailedPrecondition)
+			key, ErrContentOnHost, snapshots.LabelSnapshotRef, errdefs.ErrFailedPrecondition)
 	}
 	if isLayer(parent) && imageVolume.MatchString(key) {
-		return fmt.Errorf("mount an image volume from layer %s: %s, so the volume would be empty: "+
+		return fmt.Errorf("mount an image volume from layer %s: %w, so the volume would be empty: "+
 			"use another kind of volume for pods of this runtime handler: %w",
-			parent, why, errdefs.ErrFailedPrecondition)
+			parent, ErrContentOnHost, errdefs.ErrFailedPrecondition)
 	}
 	return nil
 }
