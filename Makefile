@@ -126,7 +126,7 @@ KUBERNETES_VERSION = $(shell cd integration/kubernetes && $(GO) list -m -f '{{.V
 KUBERNETES_BUILD = cd integration/kubernetes && CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w \
 	-X k8s.io/component-base/version.gitVersion=$(KUBERNETES_VERSION)'
 E2E = cd integration && GUEST_PULL_CONTAINERD=$(abspath $(BIN)) GUEST_PULL_KUBERNETES=$(abspath $(KUBERNETES)) \
-	$(GO) test -count=1 -v ./cluster
+	GUEST_PULL_RESULTS=$(abspath $(BUILD_DIR))/$@$(if $(PATCHED),,-stock).md $(GO) test -count=1 -v ./cluster
 
 kubernetes: ## build etcd, kube-apiserver and kubelet into .build/kubernetes (ten minutes, once)
 	$(KUBERNETES_BUILD) -o $(abspath $(KUBERNETES))/ k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kubelet
