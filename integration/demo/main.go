@@ -103,6 +103,11 @@ func demo(ctx context.Context, ref string) (ok bool, err error) {
 	}
 	title("guest-pull, inside containerd")
 	row("containerd", "%s, snapshotter %q compiled in", version.Version, harness.Snapshotter)
+	if n := len(node.Patches()); n > 0 {
+		row("", "%d patches to its CRI: the pull below says nothing of a runtime handler", n)
+	} else {
+		row("", "no patches to its CRI: the pull below has to name the runtime handler")
+	}
 	row("on", "%s (temporary; the system's containerd is not touched)", node.Dir())
 	if node.StandIn() {
 		row("guest", "the stand-in guest: runc and a private file system, no virtual machine")
@@ -114,7 +119,7 @@ func demo(ctx context.Context, ref string) (ok bool, err error) {
 	row("image", "%s", img.ref)
 	row("layers", "%d, %s together", len(img.layers), bytesize(img.size()))
 
-	title("2. The pod's sandbox, and the pull: what kubelet asks for over CRI")
+	title("2. The pod's sandbox, and the pull: kubelet's calls over CRI")
 	start := time.Now()
 	pod, err := node.RunPod(ctx, harness.PodSpec{Name: "demo", Handler: harness.Guest})
 	if err != nil {
@@ -327,8 +332,7 @@ func showMount(ctx context.Context, n *harness.Node, c *harness.Container) error
 // demo's own is waited for; nobody knows how talkative another one is.
 func watch(ctx context.Context, c *harness.Container, own bool) (output, state string, err error) {
 	if own {
-		output, err = c.WaitLogs(ctx, "MB\n")
-		if err != nil {
+		if _, err := c.WaitLogs(ctx, "MB\n"); err != nil {
 			return "", "", err
 		}
 	}

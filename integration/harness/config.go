@@ -112,11 +112,18 @@ func (p paths) guestConf() string { return p.join("guest.json") }
 func (p paths) ca() string        { return p.join("ca.pem") }
 func (p paths) log() string       { return p.join("containerd.log") }
 
-// binaries finds what a node runs.
+// binaries is what a node runs.
 type binaries struct {
 	dir         string // containerd, ctr, containerd-shim-runc-v2
 	runtimeType string // of the handler Guest
 	shim        string // of the handler Guest; "" lets containerd find it
+}
+
+// Binaries returns the directory of the containerd that nodes run by default:
+// what GUEST_PULL_CONTAINERD says, or bin/ of the repository.
+func Binaries() (string, error) {
+	b, err := findBinaries(Options{})
+	return b.dir, err
 }
 
 func findBinaries(o Options) (binaries, error) {

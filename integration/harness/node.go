@@ -31,7 +31,9 @@ import (
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	grpcstatus "google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/guest-pull/guest-pull-snapshotter/integration/images"
@@ -256,6 +258,10 @@ func (n *Node) Up(ctx context.Context) error {
 				}
 			}
 			err = fmt.Errorf("runtime not ready: %v", status.GetStatus().GetConditions())
+		}
+		// The server does not run before all plugins are there or have failed.
+		if grpcstatus.Code(err) == codes.Unimplemented {
+			return fmt.Errorf("containerd runs without CRI, as a plugin that it needs did not start: %w\n%s", err, n.LogTail(30))
 		}
 		select {
 		case <-p.done:
