@@ -26,6 +26,7 @@ import (
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/log"
 	"github.com/containerd/platforms"
@@ -34,6 +35,7 @@ import (
 
 	"github.com/guest-pull/guest-pull-snapshotter/plugin/metrics"
 	"github.com/guest-pull/guest-pull-snapshotter/plugin/snapshotter"
+	"github.com/guest-pull/guest-pull-snapshotter/plugin/users"
 )
 
 // ID is the name under which a runtime handler chooses the snapshotter.
@@ -57,6 +59,16 @@ type Config struct {
 
 	// MountOptions are options for overlayfs.
 	MountOptions []string `toml:"mount_options"`
+
+	// Users are users that images name, with "uid" or "uid:gid", and Groups
+	// their groups. They are for all images whose own users are not known.
+	Users  map[string]string      `toml:"users"`
+	Groups map[string]users.Group `toml:"groups"`
+
+	// ResolveUsers is "off", or "registry" to read the users and groups of an
+	// image out of its layers when it is pulled. This streams layers through
+	// the host's memory.
+	ResolveUsers string `toml:"resolve_users"`
 }
 
 func init() {
@@ -66,7 +78,7 @@ func init() {
 		// Only to read manifests, from which the metrics know what was left to
 		// the guest.
 		Requires: []plugin.Type{plugins.ContentPlugin},
-		Config:   &Config{MountType: snapshotter.DefaultMountType},
+		Config:   &Config{MountType: snapshotter.DefaultMountType, ResolveUsers: snapshotter.ResolveUsersOff},
 		InitFn:   initialize,
 	})
 }
@@ -92,10 +104,15 @@ func initialize(ic *plugin.InitContext) (any, error) {
 		ic.Meta.Capabilities = append(ic.Meta.Capabilities, "remap-ids")
 	}
 
+	m := metrics.New()
 	s, err := snapshotter.New(ic.Context, root, snapshotter.Config{
 		MountType:    config.MountType,
 		MountOptions: config.MountOptions,
 		SyncRemove:   config.SyncRemove,
+		Users:        config.Users,
+		Groups:       config.Groups,
+		ResolveUsers: config.ResolveUsers,
+		ObserveUsers: func(result string) { m.UserLookup(snapshotter.ResolveUsersRegistry, result) },
 	})
 	if err != nil {
 		return nil, err
@@ -105,13 +122,15 @@ func initialize(ic *plugin.InitContext) (any, error) {
 		"mount_type":    config.MountType,
 		"sync_remove":   config.SyncRemove,
 		"mount_options": config.MountOptions,
+		"resolve_users": config.ResolveUsers,
+		"users":         len(config.Users),
+		"groups":        len(config.Groups),
 	})
 	logger.Info("guest-pull snapshotter: images are left to the guest to pull")
 	for _, problem := range missingHelpers(config.MountType) {
 		logger.Warn(problem)
 	}
 
-	m := metrics.New()
 	var blobs content.Provider
 	if store, err := ic.GetSingle(plugins.ContentPlugin); err == nil {
 		blobs, _ = store.(content.Provider) // without one, sizes are unknown
@@ -120,7 +139,22 @@ func initialize(ic *plugin.InitContext) (any, error) {
 	if err := m.Register(); err != nil {
 		logger.WithError(err).Warn("the guest-pull snapshotter has no metrics")
 	}
-	return wrapped, nil
+	if config.ResolveUsers != snapshotter.ResolveUsersRegistry {
+		return wrapped, nil
+	}
+	return &instance{
+		Snapshotter:   wrapped,
+		Cleaner:       wrapped.(snapshots.Cleaner),
+		ImageObserver: s.(snapshotter.ImageObserver),
+	}, nil
+}
+
+// instance is the plugin of which containerd finds out that it has to be told of
+// pulls.
+type instance struct {
+	snapshots.Snapshotter
+	snapshots.Cleaner
+	snapshotter.ImageObserver
 }
 
 // missingHelpers says which programs are not found that containerd runs when it

@@ -27,6 +27,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/guest-pull/guest-pull-snapshotter/plugin/users"
 	"github.com/guest-pull/guest-pull-snapshotter/plugin/volume"
 )
 
@@ -49,6 +50,20 @@ type Config struct {
 	// SyncRemove removes a snapshot's directories in Remove, not in the next
 	// garbage collection.
 	SyncRemove bool
+
+	// Users and Groups are an administrator's list of users, "uid" or "uid:gid"
+	// by name, and of groups. Containers have them whose image's own are not
+	// known.
+	Users  map[string]string
+	Groups map[string]users.Group
+
+	// ResolveUsers is where the users and groups of an image are read when it
+	// is pulled: ResolveUsersOff, which "" means too, or ResolveUsersRegistry.
+	ResolveUsers string
+
+	// ObserveUsers, unless nil, is called for each pulled image when
+	// ResolveUsers is on: "read", "known" already, "unusable", or "failed".
+	ObserveUsers func(result string)
 }
 
 var mountType = regexp.MustCompile(`^fuse\.(/?([A-Za-z0-9_+-][A-Za-z0-9._+-]*/)*[A-Za-z0-9_+-][A-Za-z0-9._+-]*)$`)
@@ -78,7 +93,13 @@ func (c Config) Validate() error {
 			refuse("mount_options has %s...: the snapshotter sets the volume itself", volume.OptionPrefix)
 		}
 	}
-	return errors.Join(errs...)
+	switch c.ResolveUsers {
+	case "", ResolveUsersOff, ResolveUsersRegistry:
+	default:
+		refuse("resolve_users = %q: want %q or %q", c.ResolveUsers, ResolveUsersOff, ResolveUsersRegistry)
+	}
+	_, err := users.Static(c.Users, c.Groups)
+	return errors.Join(append(errs, err)...)
 }
 
 func (c Config) withDefaults() Config {

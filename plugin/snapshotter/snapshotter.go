@@ -58,6 +58,7 @@ type snapshotter struct {
 	mountType string
 	options   []string
 	empty     string // the lowerdir that all containers share
+	users     *imageUsers
 }
 
 // New returns a snapshotter that keeps the snapshots of containers under root,
@@ -104,7 +105,11 @@ func New(ctx context.Context, root string, config Config) (snapshots.Snapshotter
 		options:     config.overlayOptions(),
 		empty:       filepath.Join(root, "empty"),
 	}
+	if s.users, err = newImageUsers(ctx, root, config); err != nil {
+		return nil, errors.Join(err, ms.Close())
+	}
 	if err := s.open(ctx); err != nil {
+		s.users.close() // the other error says more
 		if errors.Is(err, berrors.ErrTimeout) {
 			return nil, fmt.Errorf("open %s: another process has it open; stop the older snapshotter daemon, or give root_path a directory of its own: %w", db, err)
 		}
@@ -223,10 +228,19 @@ func (s *snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 
 func (s *snapshotter) guestMounts(info snapshots.Info, mounts []mount.Mount) ([]mount.Mount, error) {
 	d := hostDirs(mounts[0])
-	if err := restore(s.empty, d); err != nil {
+	lowest, err := s.users.directory(chainID(info))
+	if err != nil {
 		return nil, err
 	}
-	m, err := guestMount(s.mountType, s.empty, s.options, info, d)
+	if lowest == "" {
+		lowest = s.empty
+	} else if d.lower != "" && d.upper != "" && !isLayer(info.Parent) {
+		d.lower += ":" + lowest
+	}
+	if err := restore(lowest, d); err != nil {
+		return nil, err
+	}
+	m, err := guestMount(s.mountType, lowest, s.options, info, d)
 	if err != nil {
 		return nil, err
 	}
@@ -267,11 +281,14 @@ func (s *snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, e
 }
 
 // Remove of a layer succeeds: there is nothing to remove, unless the older
-// daemon left a row.
+// daemon left a row or the users of the layer's image are known.
 func (s *snapshotter) Remove(ctx context.Context, key string) error {
 	err := s.Snapshotter.Remove(ctx, key)
 	if errdefs.IsNotFound(err) && isLayer(key) {
-		return nil
+		err = nil
+	}
+	if err == nil && isLayer(key) && s.users.known != nil {
+		err = s.users.known.remove(key)
 	}
 	return err
 }
@@ -295,18 +312,45 @@ func (s *snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 }
 
 // Walk calls fn for the snapshots of the store. A layer is in no list, because
-// any layer exists; one that the filters ask for by name is found.
+// any layer exists; one that the filters ask for by name is found. An exception
+// are the top layers of images whose users are known: containerd's garbage
+// collector removes what it finds in the list and nobody uses any more
+// (core/metadata/snapshot.go, garbageCollect), and so these are forgotten with
+// their image.
 func (s *snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error {
 	if layer, ok := askedLayer(filters); ok {
 		return fn(ctx, layer)
 	}
-	return s.Snapshotter.Walk(ctx, fn, filters...)
+	if err := s.Snapshotter.Walk(ctx, fn, filters...); err != nil || len(filters) > 0 || s.users.known == nil {
+		return err
+	}
+	chains, err := s.users.known.chains()
+	if err != nil {
+		return err
+	}
+	for _, chain := range chains {
+		if _, err := s.Snapshotter.Stat(ctx, chain); err == nil {
+			continue // has a row, which is in the list already
+		}
+		if err := fn(ctx, layerInfo(chain)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Cleanup removes the directories of snapshots that were removed. containerd's
 // garbage collector calls it.
 func (s *snapshotter) Cleanup(ctx context.Context) error {
-	return s.Snapshotter.(snapshots.Cleaner).Cleanup(ctx)
+	return errors.Join(
+		s.Snapshotter.(snapshots.Cleaner).Cleanup(ctx),
+		s.users.cleanup(ctx, s.Snapshotter.Walk),
+	)
+}
+
+// Close closes the databases.
+func (s *snapshotter) Close() error {
+	return errors.Join(s.Snapshotter.Close(), s.users.close())
 }
 
 func applyOpts(opts []snapshots.Opt) (info snapshots.Info, err error) {

@@ -1,0 +1,179 @@
+/*
+   Copyright The guest-pull Authors.
+
+   Licensed under the Apache License, Version 2.0 (the "License");
+   you may not use this file except in compliance with the License.
+   You may obtain a copy of the License at
+
+       http://www.apache.org/licenses/LICENSE-2.0
+
+   Unless required by applicable law or agreed to in writing, software
+   distributed under the License is distributed on an "AS IS" BASIS,
+   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+   See the License for the specific language governing permissions and
+   limitations under the License.
+*/
+
+package snapshotter
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"runtime/debug"
+	"time"
+
+	"github.com/containerd/log"
+	bolt "go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
+
+	"github.com/guest-pull/guest-pull-snapshotter/plugin/users"
+)
+
+// userStore keeps the users and groups of images by their chain ID. It is a
+// cache: what is lost is read again when the image is next pulled.
+type userStore struct {
+	db *bolt.DB
+}
+
+var (
+	bucketUsers = []byte("v1")
+	keyPasswd   = []byte("passwd")
+	keyGroup    = []byte("group")
+)
+
+// openUserStore opens the store. One that cannot be read is replaced.
+func openUserStore(ctx context.Context, path string) (*userStore, error) {
+	s, err := tryUserStore(path)
+	if err == nil {
+		return s, nil
+	}
+	if errors.Is(err, berrors.ErrTimeout) || !errors.Is(err, errDamaged) {
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	log.G(ctx).WithError(err).WithField("path", path).Warn("what was kept of images' users and groups is damaged and starts anew: it is read again when the images are next pulled")
+	if err := os.Remove(path); err != nil {
+		return nil, fmt.Errorf("replace a damaged store of users: %w", err)
+	}
+	if s, err = tryUserStore(path); err != nil {
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	return s, nil
+}
+
+var errDamaged = errors.New("the database is damaged")
+
+// tryUserStore opens the store and reads all of it. After a panic it cannot be
+// closed: it may hold its own locks.
+func tryUserStore(path string) (_ *userStore, err error) {
+	defer protect(&err)
+	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: 5 * time.Second})
+	switch {
+	case errors.Is(err, berrors.ErrInvalid), errors.Is(err, berrors.ErrChecksum), errors.Is(err, berrors.ErrVersionMismatch):
+		return nil, fmt.Errorf("%w: %w", errDamaged, err)
+	case err != nil:
+		return nil, err
+	}
+	s, size := &userStore{db}, 0
+	err = db.Update(func(tx *bolt.Tx) error {
+		b, err := tx.CreateBucketIfNotExists(bucketUsers)
+		if err != nil {
+			return fmt.Errorf("%w: %w", errDamaged, err)
+		}
+		return b.ForEachBucket(func(k []byte) error {
+			return b.Bucket(k).ForEach(func(_, v []byte) error {
+				size += len(bytes.Clone(v)) // a file that is cut off faults here
+				return nil
+			})
+		})
+	})
+	if err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	return s, nil
+}
+
+// protect turns a panic into an error: bbolt panics on a damaged page and faults
+// on a truncated file, and neither may take containerd down.
+func protect(err *error) {
+	if r := recover(); r != nil {
+		*err = fmt.Errorf("%w: %v", errDamaged, r)
+	}
+}
+
+func (s *userStore) close() error { return s.db.Close() }
+
+// view and update are transactions that survive a damaged file.
+func (s *userStore) view(fn func(*bolt.Bucket) error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer protect(&err)
+	return s.db.View(func(tx *bolt.Tx) error { return fn(tx.Bucket(bucketUsers)) })
+}
+
+func (s *userStore) update(fn func(*bolt.Bucket) error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer protect(&err)
+	return s.db.Update(func(tx *bolt.Tx) error { return fn(tx.Bucket(bucketUsers)) })
+}
+
+// get returns the files of an image, and whether they are known.
+func (s *userStore) get(chain string) (files users.Files, known bool, err error) {
+	err = s.view(func(b *bolt.Bucket) error {
+		if b = b.Bucket([]byte(chain)); b == nil {
+			return nil
+		}
+		known = true
+		// Values are valid in the transaction only. A missing one stays nil.
+		files = users.Files{Passwd: bytes.Clone(b.Get(keyPasswd)), Group: bytes.Clone(b.Get(keyGroup))}
+		return nil
+	})
+	return files, known, err
+}
+
+func (s *userStore) put(chain string, files users.Files) error {
+	return s.update(func(b *bolt.Bucket) error {
+		b, err := b.CreateBucketIfNotExists([]byte(chain))
+		if err != nil {
+			return err
+		}
+		for _, f := range []struct{ key, content []byte }{{keyPasswd, files.Passwd}, {keyGroup, files.Group}} {
+			if f.content == nil {
+				err = b.Delete(f.key)
+			} else {
+				err = b.Put(f.key, f.content)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// remove forgets an image. One that is not known is no error, and costs no
+// write.
+func (s *userStore) remove(chain string) error {
+	if _, known, err := s.get(chain); err != nil || !known {
+		return err
+	}
+	return s.update(func(b *bolt.Bucket) error {
+		err := b.DeleteBucket([]byte(chain))
+		if errors.Is(err, berrors.ErrBucketNotFound) {
+			return nil
+		}
+		return err
+	})
+}
+
+// chains lists the images that are known.
+func (s *userStore) chains() (chains []string, err error) {
+	err = s.view(func(b *bolt.Bucket) error {
+		return b.ForEachBucket(func(k []byte) error {
+			chains = append(chains, string(k))
+			return nil
+		})
+	})
+	return chains, err
+}
