@@ -288,6 +288,7 @@ func writeConfig(p paths, b binaries, o Options) error {
 
 	guestConf := o.Guest
 	guestConf.RecordDir = p.records()
+	guestConf.RuncRoot = p.runc()
 	var errs []error
 	write := func(path string, data []byte) {
 		errs = append(errs, os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, data, 0o600))
