@@ -1,0 +1,240 @@
+/*
+   Copyright The guest-pull Authors.
+
+   Licensed under the Apache License, Version 2.0 (the "License");
+   you may not use this file except in compliance with the License.
+   You may obtain a copy of the License at
+
+       http://www.apache.org/licenses/LICENSE-2.0
+
+   Unless required by applicable law or agreed to in writing, software
+   distributed under the License is distributed on an "AS IS" BASIS,
+   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+   See the License for the specific language governing permissions and
+   limitations under the License.
+*/
+
+// Command bench measures the guest-pull snapshotter against its peers, and prints
+// one table. It needs root, and what `make build`, `make test-tools` and
+// `make bench-binaries` build.
+//
+// Every figure is a ratio: the same is done with this project and with a peer, in
+// turns, on the same machine, in the same run. What is measured, and against
+// whom, is said in the files of the measurements:
+//
+//   - layers.go: preparing a layer, and how that grows with the node
+//   - pull.go: pulls over CRI, and what they take from the registry
+//   - container.go: containers over CRI, disk space
+//   - gc.go: garbage collection
+//   - daemon.go: memory, start and size of containerd
+//   - helper.go: the mount helper
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/containerd/log"
+
+	"github.com/guest-pull/guest-pull-snapshotter/integration/harness"
+	"github.com/guest-pull/guest-pull-snapshotter/integration/registry"
+)
+
+// scale is how much is measured.
+type scale struct {
+	layerRounds int
+
+	growth       []int // snapshots on the node
+	growthRounds int
+
+	pulls      []int // layers of the images
+	layerSize  int   // bytes
+	pullRounds int
+
+	containerRounds int
+
+	gcImages, gcRounds int
+
+	startRounds                    int
+	settle                         time.Duration
+	memoryLayers, memoryContainers int
+
+	helperRounds int
+}
+
+var (
+	full = scale{
+		layerRounds:     40,
+		growth:          []int{10, 1000, 10_000, 100_000},
+		growthRounds:    20,
+		pulls:           []int{1, 5, 20, 60},
+		layerSize:       4 << 20,
+		pullRounds:      7,
+		containerRounds: 60,
+		gcImages:        1000,
+		gcRounds:        5,
+		startRounds:     9,
+		settle:          2 * time.Second,
+		memoryLayers:    10_000, memoryContainers: 1000,
+		helperRounds: 100,
+	}
+	short = scale{
+		layerRounds:     2,
+		growth:          []int{10, 1000},
+		growthRounds:    2,
+		pulls:           []int{1, 60},
+		layerSize:       16 << 10,
+		pullRounds:      1,
+		containerRounds: 2,
+		gcImages:        20,
+		gcRounds:        1,
+		startRounds:     1,
+		settle:          100 * time.Millisecond,
+		memoryLayers:    200, memoryContainers: 10,
+		helperRounds: 3,
+	}
+)
+
+// bench is one run.
+type bench struct {
+	*report
+	scale    scale
+	dir      string // for all files
+	binaries binaries
+	reg      *registry.Registry
+	node     *harness.Node
+}
+
+// binaries are the directories of the containerds that are compared.
+type binaries struct {
+	ours      string // with the plugin and the patches
+	unpatched string // with the plugin alone
+	stock     string
+}
+
+func main() {
+	if runChild() {
+		return
+	}
+	isShort := flag.Bool("short", false, "measure little, to see that everything works")
+	out := flag.String("out", "", "the directory for results.md, results.json and pictures/; empty for none")
+	flag.Parse()
+	if err := command(context.Background(), *isShort, *out); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func command(ctx context.Context, isShort bool, out string) error {
+	s := full
+	if isShort {
+		s = short
+	}
+	r := newReport(os.Stderr, isShort)
+	if err := measure(ctx, r, s); err != nil {
+		return err
+	}
+	fmt.Println()
+	if err := r.writeTable(os.Stdout); err != nil {
+		return err
+	}
+	if out == "" {
+		return nil
+	}
+	return r.save(out)
+}
+
+// measure makes all measurements.
+func measure(ctx context.Context, r *report, s scale) (err error) {
+	if err := log.SetLevel("error"); err != nil { // of containerd's packages
+		return err
+	}
+	b := &bench{report: r, scale: s}
+	if b.binaries, err = findBinaries(); err != nil {
+		return err
+	}
+	if r.Versions, err = b.binaries.versions(ctx); err != nil {
+		return err
+	}
+	if b.dir, err = os.MkdirTemp("", "gpb-"); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(b.dir)) }()
+
+	for _, m := range []func(context.Context) error{b.helper, b.layers, b.growth, b.gc} {
+		if err := m(ctx); err != nil {
+			return fmt.Errorf("%s: %w", b.section, err)
+		}
+	}
+
+	if b.reg, err = registry.Start(); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.reg.Close()) }()
+	if err := b.daemons(ctx); err != nil {
+		return fmt.Errorf("%s: %w", b.section, err)
+	}
+	if b.node, err = harness.Start(ctx, harness.Options{Registry: b.reg, Binaries: b.binaries.ours}); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.node.Close()) }()
+	for _, m := range []func(context.Context) error{b.pulls, b.containers} {
+		if err := m(ctx); err != nil {
+			return fmt.Errorf("%s: %w\n%s", b.section, err, b.node.LogTail(10))
+		}
+	}
+	return nil
+}
+
+// findBinaries finds them in the source tree. GUEST_PULL_CONTAINERD may name
+// another directory for this project's own, as for the tests.
+func findBinaries() (binaries, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return binaries{}, err
+	}
+	for ; ; dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(dir, "integration", "go.mod")); err == nil {
+			break
+		}
+		if dir == filepath.Dir(dir) {
+			return binaries{}, errors.New("the benchmarks have to be started inside the source tree")
+		}
+	}
+	b := binaries{
+		ours:      os.Getenv("GUEST_PULL_CONTAINERD"),
+		unpatched: filepath.Join(dir, ".build", "bench", "unpatched"),
+		stock:     filepath.Join(dir, ".build", "bench", "stock"),
+	}
+	if b.ours == "" {
+		b.ours = filepath.Join(dir, "bin")
+	}
+	for what, dir := range map[string]string{"make build": b.ours, "make bench-binaries": b.unpatched, "make  bench-binaries": b.stock} {
+		if _, err := os.Stat(filepath.Join(dir, "containerd")); err != nil {
+			return b, fmt.Errorf("%w; run `%s`", err, what)
+		}
+	}
+	return b, nil
+}
+
+// versions says what is compared: containerd's version, and the patches.
+func (b binaries) versions(ctx context.Context) ([]string, error) {
+	out, err := exec.CommandContext(ctx, filepath.Join(b.ours, "containerd"), "guest-pull", "version").Output()
+	if err != nil {
+		return nil, fmt.Errorf("ask %s for its version: %w", b.ours, err)
+	}
+	var lines []string
+	for line := range strings.Lines(string(out)) {
+		if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "patches:") {
+			lines = append(lines, line)
+		}
+	}
+	return lines, nil
+}

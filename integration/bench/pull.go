@@ -1,0 +1,244 @@
+/*
+   Copyright The guest-pull Authors.
+
+   Licensed under the Apache License, Version 2.0 (the "License");
+   you may not use this file except in compliance with the License.
+   You may obtain a copy of the License at
+
+       http://www.apache.org/licenses/LICENSE-2.0
+
+   Unless required by applicable law or agreed to in writing, software
+   distributed under the License is distributed on an "AS IS" BASIS,
+   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+   See the License for the specific language governing permissions and
+   limitations under the License.
+*/
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/guest-pull/guest-pull-snapshotter/integration/harness"
+	"github.com/guest-pull/guest-pull-snapshotter/integration/images"
+	"github.com/guest-pull/guest-pull-snapshotter/integration/registry"
+)
+
+// remoteImage is an image in the registry.
+type remoteImage struct {
+	v1.Image
+	name, ref string
+	layers    int
+}
+
+func (b *bench) push(layers int) (remoteImage, error) {
+	i := remoteImage{name: fmt.Sprintf("layers-%d", layers), layers: layers}
+	img, err := images.Build(images.Spec{Name: i.name, Layers: layers, LayerSize: b.scale.layerSize})
+	if err != nil {
+		return i, err
+	}
+	i.Image = img
+	i.ref, err = b.reg.Push(i.name+":1", img)
+	return i, err
+}
+
+// pulls measures pulls over CRI.
+func (b *bench) pulls(ctx context.Context) error {
+	b.begin("Pull over CRI, from a registry on this machine")
+	floor, err := openStore(namespace(ctx), filepath.Join(b.dir, "pull"), noBackend{}, false)
+	if err != nil {
+		return err
+	}
+	defer floor.Close()
+
+	ours := curve{Picture: pullPicture, Name: guestPull}
+	theirs := curve{Picture: pullPicture, Name: overlayfs}
+	for _, layers := range b.scale.pulls {
+		b.log("  %s", plural(layers))
+		img, err := b.push(layers)
+		if err != nil {
+			return err
+		}
+		size, err := images.LayersSize(img)
+		if err != nil {
+			return err
+		}
+		r, err := interleave(b.scale.pullRounds,
+			contender{guestPull, func() (float64, error) { return b.timePull(ctx, img, harness.Guest) }},
+			contender{overlayfs, func() (float64, error) { return b.timePull(ctx, img, harness.Runc) }},
+			contender{"http", func() (float64, error) { return timed(func() error { return fetch(ctx, b.reg.URL(), img) }) }},
+			contender{nothing, func() (float64, error) {
+				perLayer, err := floor.timeImage(namespace(ctx), img.name, layers)
+				return perLayer * float64(layers), err
+			}},
+		)
+		if err != nil {
+			return err
+		}
+		what := fmt.Sprintf("pull an image of %s, %.0f MiB", plural(layers), float64(size)/(1<<20))
+		b.compare(what, "overlayfs on the same containerd", "s", r[guestPull], r[overlayfs], nil)
+		var t *target
+		if layers == 60 {
+			t = atMost(1.5)
+		}
+		b.compare(what, "plain HTTP fetch of manifest and config, plus the metadata store alone", "s",
+			r[guestPull], each(sum, r["http"], r[nothing]), t)
+		ours.Points = append(ours.Points, point{float64(layers), summarize(each(over, r[guestPull], r["http"]))})
+		theirs.Points = append(theirs.Points, point{float64(layers), summarize(each(over, r[overlayfs], r["http"]))})
+		if err := b.traffic(ctx, img); err != nil {
+			return err
+		}
+	}
+	b.Curves = append(b.Curves, ours, theirs)
+	return nil
+}
+
+func plural(layers int) string {
+	if layers == 1 {
+		return "1 layer"
+	}
+	return fmt.Sprintf("%d layers", layers)
+}
+
+// timePull measures a pull of an image that the node does not have, and removes
+// the image.
+func (b *bench) timePull(ctx context.Context, img remoteImage, handler string) (float64, error) {
+	took, err := timed(func() error {
+		_, err := b.node.Pull(ctx, harness.PullSpec{Image: img.ref, Handler: handler, Hint: harness.HintImageSpec})
+		return err
+	})
+	if err != nil {
+		return 0, err
+	}
+	return took, b.forget(ctx, img)
+}
+
+func (b *bench) forget(ctx context.Context, img remoteImage) error {
+	return errors.Join(b.node.RemoveImage(ctx, img.ref), b.node.GC(ctx))
+}
+
+// fetch is the least that a pull has to do: get the manifest and the config, on a
+// new connection.
+func fetch(ctx context.Context, base string, img remoteImage) error {
+	transport := &http.Transport{}
+	defer transport.CloseIdleConnections()
+	config, err := img.ConfigName()
+	if err != nil {
+		return err
+	}
+	for _, path := range []string{"manifests/1", "blobs/" + config.String()} {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, base+"/v2/"+img.name+"/"+path, nil)
+		if err != nil {
+			return err
+		}
+		resp, err := transport.RoundTrip(req)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(io.Discard, resp.Body)
+		if err := errors.Join(err, resp.Body.Close()); err != nil {
+			return err
+		}
+		if resp.StatusCode != http.StatusOK {
+			return fmt.Errorf("%s: %s", req.URL, resp.Status)
+		}
+	}
+	return nil
+}
+
+// traffic counts what a pull takes from the registry.
+func (b *bench) traffic(ctx context.Context, img remoteImage) error {
+	manifest, err := img.RawManifest()
+	if err != nil {
+		return err
+	}
+	config, err := img.RawConfigFile()
+	if err != nil {
+		return err
+	}
+	b.reg.Reset()
+	if _, err := b.timePull(ctx, img, harness.Guest); err != nil {
+		return err
+	}
+	log := b.reg.Log().By(registry.Host).In(img.name)
+	bytes, err := float64(log.OK().Bytes()), b.noLayers()
+	if err != nil {
+		return err
+	}
+	what := fmt.Sprintf("bytes from the registry for %s", plural(img.layers))
+	b.compare(what, "manifest and config", "B", series{bytes}, series{float64(len(manifest) + len(config))}, equal())
+	gets := log.Where(func(q registry.Request) bool { return q.Method == http.MethodGet })
+	b.compare(fmt.Sprintf("GET requests for %s", plural(img.layers)), "manifest and config", "requests",
+		series{float64(len(gets))}, series{2}, equal())
+	// Which says what the tag stands for.
+	b.compare(fmt.Sprintf("all requests for %s", plural(img.layers)), "manifest and config", "requests",
+		series{float64(len(log))}, series{2}, nil)
+	return nil
+}
+
+// noLayers fails if the host asked for a layer.
+func (b *bench) noLayers() error {
+	if layers := b.reg.Log().By(registry.Host).Of(registry.Layer); len(layers) > 0 {
+		return fmt.Errorf("guest-pull fetched layers on the host:\n%s", layers)
+	}
+	return nil
+}
+
+// usage is what a node has on disk. containerd's databases are left out: they
+// grow in steps, by doubling.
+type usage struct{ bytes, inodes float64 }
+
+func (b *bench) usage() (u usage, err error) {
+	err = filepath.WalkDir(b.node.Root(), func(path string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil || strings.HasSuffix(path, ".db") {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		st, ok := info.Sys().(*syscall.Stat_t)
+		if !ok {
+			return fmt.Errorf("%s: no inode", path)
+		}
+		u.bytes += float64(st.Blocks) * 512
+		u.inodes++
+		return nil
+	})
+	return u, err
+}
+
+// added returns what f adds to the node's disk.
+func (b *bench) added(ctx context.Context, f func() error) (usage, error) {
+	// What was removed before goes away first.
+	if err := b.node.GC(ctx); err != nil {
+		return usage{}, err
+	}
+	before, err := b.usage()
+	if err != nil {
+		return usage{}, err
+	}
+	if err := f(); err != nil {
+		return usage{}, err
+	}
+	after, err := b.usage()
+	return usage{after.bytes - before.bytes, after.inodes - before.inodes}, err
+}
+
+func (b *bench) compareUsage(what string, ours, theirs usage, t *target) {
+	b.compare("disk space of "+what, overlayfs, "B", series{ours.bytes}, series{theirs.bytes}, t)
+	b.compare("inodes of "+what, overlayfs, "inodes", series{ours.inodes}, series{theirs.inodes}, t)
+}
