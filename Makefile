@@ -151,7 +151,7 @@ bench-binaries: ## build what the benchmarks compare with into .build/bench/
 	@mkdir -p $(BENCH)/stock
 	$(MAKE) build PATCHES=none BIN=$(BENCH)/unpatched
 	$(GO_BUILD) -o $(BENCH)/stock/ $(CONTAINERD)/cmd/containerd
-	for p in ctr containerd-shim-runc-v2; do ln -sfn ../unpatched/$$p $(BENCH)/stock/$$p; done
+	for p in ctr containerd-shim-runc-v2 nydus-overlayfs-guest-pull; do ln -sfn ../unpatched/$$p $(BENCH)/stock/$$p; done
 bench-binaries: MODFILE =
 bench-binaries: PATCH_LIST =
 .PHONY: bench-binaries
