@@ -31,6 +31,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/guest-pull/guest-pull-snapshotter/integration/figures"
 	"github.com/guest-pull/guest-pull-snapshotter/integration/harness"
 	"github.com/guest-pull/guest-pull-snapshotter/integration/images"
 	"github.com/guest-pull/guest-pull-snapshotter/integration/registry"
@@ -46,10 +47,17 @@ func newNode(t *testing.T, o harness.Options) (*harness.Node, *registry.Registry
 	reg := newRegistry(t)
 	o.Registry = reg
 	n := harness.New(t, o)
-	t.Cleanup(func() {
-		assert.Empty(t, reg.Log().By(registry.Host).Of(registry.Layer).References(), "layers that the host asked for")
-	})
+	t.Cleanup(func() { requireNoLayersOnHost(t, reg) })
 	return n, reg
+}
+
+// requireNoLayersOnHost holds that the host asked for no layer.
+func requireNoLayersOnHost(t *testing.T, reg *registry.Registry) {
+	t.Helper()
+	layers := reg.Log().By(registry.Host).Of(registry.Layer)
+	assert.Empty(t, layers.References(), "layers that the host asked for")
+	assert.NoError(t, figures.Add(figures.LayerBytes, layers.Bytes()))
+	assert.NoError(t, figures.Add(figures.GuestPulls, int64(len(reg.Log().By(registry.Guest).Of(registry.Config).OK()))))
 }
 
 func newRegistry(t *testing.T, o ...registry.Option) *registry.Registry {
