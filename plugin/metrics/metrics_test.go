@@ -21,6 +21,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -54,11 +55,11 @@ func gather(t *testing.T, m *Metrics) map[string]float64 {
 	samples := map[string]float64{}
 	for _, f := range families {
 		for _, s := range f.GetMetric() {
-			name := strings.TrimPrefix(f.GetName(), "containerd_guest_pull_")
+			name := []string{strings.TrimPrefix(f.GetName(), "containerd_guest_pull_")}
 			for _, l := range s.GetLabel() {
-				name += "," + l.GetValue()
+				name = append(name, l.GetValue())
 			}
-			samples[name] = s.GetCounter().GetValue() + s.GetGauge().GetValue() + float64(s.GetHistogram().GetSampleCount())
+			samples[strings.Join(name, ",")] = s.GetCounter().GetValue() + s.GetGauge().GetValue() + float64(s.GetHistogram().GetSampleCount())
 		}
 	}
 	return samples
@@ -84,9 +85,7 @@ func manifest(t *testing.T) (content.Store, digest.Digest, []digest.Digest) {
 // unpack asks for a layer as containerd's unpacker does.
 func unpack(ctx context.Context, s snapshots.Snapshotter, chainID, parent string, labels map[string]string) error {
 	all := map[string]string{snapshots.LabelSnapshotRef: chainID}
-	for k, v := range labels {
-		all[k] = v
-	}
+	maps.Copy(all, labels)
 	_, err := s.Prepare(ctx, "k8s.io/1/extract-1-abc "+chainID, parent, snapshots.WithLabels(all))
 	return err
 }

@@ -1,0 +1,202 @@
+/*
+   Copyright The guest-pull Authors.
+
+   Licensed under the Apache License, Version 2.0 (the "License");
+   you may not use this file except in compliance with the License.
+   You may obtain a copy of the License at
+
+       http://www.apache.org/licenses/LICENSE-2.0
+
+   Unless required by applicable law or agreed to in writing, software
+   distributed under the License is distributed on an "AS IS" BASIS,
+   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+   See the License for the specific language governing permissions and
+   limitations under the License.
+*/
+
+package check
+
+import (
+	"fmt"
+	"maps"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// kataDefaults are the configuration files that Kata's shims look for, in this
+// order, when nothing names one (kata-containers, src/runtime/Makefile and
+// src/libs/kata-types/src/config/default.rs; kata-deploy builds with the prefix
+// /opt/kata).
+var kataDefaults = map[bool][]string{
+	false: {
+		"/etc/kata-containers/configuration.toml",
+		"/usr/share/defaults/kata-containers/configuration.toml",
+		"/opt/kata/share/defaults/kata-containers/configuration.toml",
+	},
+	true: {
+		"/etc/kata-containers/runtime-rs/configuration.toml",
+		"/usr/share/defaults/kata-containers/runtime-rs/configuration.toml",
+		"/opt/kata/share/defaults/kata-containers/runtime-rs/configuration.toml",
+	},
+}
+
+// kataConfig is the part that matters of a Kata configuration, drop-ins
+// included. What is not set is empty.
+type kataConfig struct {
+	path     string
+	sharedFS string
+	// timeout is create_container_timeout in seconds, timeoutIn the table that
+	// has it.
+	timeout   int64
+	timeoutIn string
+}
+
+// kataConfigPath finds a handler's Kata configuration, or returns "".
+func kataConfigPath(h Host, r Runtime, s shim) string {
+	if p, ok := r.Options["ConfigPath"].(string); ok && p != "" {
+		return p
+	}
+	if s.kataConfFile != "" {
+		return s.kataConfFile
+	}
+	for _, p := range kataDefaults[s.flavour == FlavourRust] {
+		if h.exists(p) {
+			return p
+		}
+	}
+	return ""
+}
+
+func readKataConfig(h Host, path string) (kataConfig, error) {
+	merged := map[string]any{}
+	dropIns := h.glob(filepath.Join(filepath.Dir(path), "config.d", "*"))
+	for _, p := range append([]string{path}, dropIns...) {
+		b, err := h.read(p)
+		if err != nil {
+			return kataConfig{}, err
+		}
+		var t map[string]any
+		if err := toml.Unmarshal(b, &t); err != nil {
+			return kataConfig{}, fmt.Errorf("%s: %w", p, err)
+		}
+		mergeTables(merged, t)
+	}
+
+	k := kataConfig{path: path}
+	hypervisors := table(merged, "hypervisor")
+	name, _ := table(merged, "runtime")["hypervisor_name"].(string)
+	if name == "" && len(hypervisors) == 1 {
+		for n := range hypervisors {
+			name = n
+		}
+	}
+	k.sharedFS, _ = table(hypervisors, name)["shared_fs"].(string)
+
+	// The Go shim's is in [runtime], the Rust shim's in [agent.kata].
+	in := map[string]map[string]any{"runtime": table(merged, "runtime")}
+	for n := range table(merged, "agent") {
+		in["agent."+n] = table(table(merged, "agent"), n)
+	}
+	for _, n := range slices.Sorted(maps.Keys(in)) {
+		if v, ok := in[n]["create_container_timeout"].(int64); ok {
+			k.timeout, k.timeoutIn = v, n
+		}
+	}
+	return k, nil
+}
+
+func table(t map[string]any, key string) map[string]any {
+	sub, _ := t[key].(map[string]any)
+	return sub
+}
+
+func mergeTables(into, from map[string]any) {
+	for k, v := range from {
+		sub, isTable := v.(map[string]any)
+		old, wasTable := into[k].(map[string]any)
+		if isTable && wasTable {
+			mergeTables(old, sub)
+			continue
+		}
+		into[k] = v
+	}
+}
+
+const (
+	// kubeletConfig is where kubeadm puts kubelet's configuration.
+	kubeletConfig = "/var/lib/kubelet/config.yaml"
+	// kubeletDefault is kubelet's own default for runtimeRequestTimeout.
+	kubeletDefault = 2 * time.Minute
+	// shortTimeout is Kata's default, in seconds. It was made for containers
+	// whose image is on the host.
+	shortTimeout = 60
+)
+
+var runtimeRequestTimeout = regexp.MustCompile(`(?m)^runtimeRequestTimeout:\s*["']?([0-9a-z.]+)`)
+
+// kubeletTimeout is kubelet's runtimeRequestTimeout, or 0 when this host has no
+// configuration of kubelet that can be read.
+func kubeletTimeout(h Host) time.Duration {
+	b, err := h.read(kubeletConfig)
+	if err != nil {
+		return 0
+	}
+	m := runtimeRequestTimeout.FindSubmatch(b)
+	if m == nil {
+		return kubeletDefault
+	}
+	d, err := time.ParseDuration(string(m[1]))
+	if err != nil {
+		return 0
+	}
+	if d == 0 { // kubeadm writes it so
+		return kubeletDefault
+	}
+	return d
+}
+
+// checkKata checks the configuration of one handler's Kata.
+func (c *checker) checkKata(name string, r Runtime, s shim) (path string) {
+	path = kataConfigPath(c.Host, r, s)
+	if path == "" {
+		c.add(Info, "kata-config", fmt.Sprintf("handler %q: no configuration of Kata was found", name),
+			"its shared_fs and timeouts could not be checked",
+			"name it: ConfigPath = \"...\" in "+section(runtimeURI, "containerd", "runtimes", name, "options"))
+		return ""
+	}
+	k, err := readKataConfig(c.Host, path)
+	if err != nil {
+		c.add(Error, "kata-config", fmt.Sprintf("handler %q: the configuration of Kata cannot be read: %v", name, err),
+			"the shim cannot read it either, so no pod of the handler starts",
+			"correct "+path+", or name another one: ConfigPath in "+section(runtimeURI, "containerd", "runtimes", name, "options"))
+		return path
+	}
+	if s.flavour == FlavourRust && k.sharedFS != "" && k.sharedFS != "none" {
+		c.add(Error, "shared-fs", fmt.Sprintf("handler %q: shared_fs = %q in %s", name, k.sharedFS, path),
+			"the Rust shim takes an image to be pulled in the guest only without a shared file system; with one, the container gets the host's empty root file system",
+			fmt.Sprintf("set shared_fs = \"none\" in [hypervisor....] of %s, or use a configuration made for guest pull", path))
+	}
+	if k.timeout > 0 && k.timeout <= shortTimeout {
+		c.add(Warning, "create-timeout", fmt.Sprintf("handler %q: create_container_timeout = %d (seconds) in %s", name, k.timeout, path),
+			fmt.Sprintf("the guest pulls and unpacks an image within it; a pod whose image takes longer fails, at each try anew, with a deadline error that does not name the pull (%d s is Kata's default, made for images on the host)", k.timeout),
+			fmt.Sprintf("set create_container_timeout = 600 in [%s] of %s, and runtimeRequestTimeout: 10m0s in kubelet's configuration", k.timeoutIn, path))
+	} else if kubelet := kubeletTimeout(c.Host); kubelet > 0 && k.timeout > 0 && kubelet < time.Duration(k.timeout)*time.Second {
+		c.add(Warning, "create-timeout", fmt.Sprintf("handler %q: kubelet gives up after %s, before create_container_timeout = %d (seconds) in %s is over", name, kubelet, k.timeout, path),
+			"the lower one counts: a pod whose image takes longer to pull in the guest fails",
+			fmt.Sprintf("set runtimeRequestTimeout: %s in %s and restart kubelet", time.Duration(k.timeout)*time.Second, kubeletConfig))
+	}
+	return path
+}
+
+func (s shim) describe() string {
+	d := s.path
+	if s.version.known() {
+		d += " (Kata " + s.version.text + ")"
+	}
+	return strconv.Quote(d)
+}
