@@ -44,18 +44,20 @@ GO_LDFLAGS = -s -w \
 	-X main.patches=$(PATCH_LIST)
 # The tags of containerd's own static builds. $(1): more of them.
 TAGS = netgo osusergo static_build urfave_cli_no_docs
-GO_BUILD = CGO_ENABLED=0 $(GO) build $(MODFILE) -trimpath -buildvcs=false -tags '$(TAGS) $(1)' -ldflags '$(GO_LDFLAGS)'
+# ARCH: of another machine, in Go's words (amd64, arm64).
+GO_BUILD = CGO_ENABLED=0 $(addprefix GOARCH=,$(ARCH)) $(GO) build $(MODFILE) -trimpath -buildvcs=false -tags '$(TAGS) $(1)' -ldflags '$(GO_LDFLAGS)'
 
 build: $(PATCHED) ## build containerd, ctr, the runc shim and the mount helper into bin/ (PATCHES=none: stock containerd and the plugin)
 	@mkdir -p $(BIN)
-	$(GO_BUILD) -o $(BIN)/ ./builder/containerd $(CONTAINERD)/cmd/ctr
-	$(call GO_BUILD,no_grpc) -o $(BIN)/ $(CONTAINERD)/cmd/containerd-shim-runc-v2
-	$(GO_BUILD) -o $(BIN)/guest-pull-overlayfs ./overlayhelper
-	ln -sfn guest-pull-overlayfs $(BIN)/nydus-overlayfs-guest-pull
+	@echo "building into $(BIN)/: containerd $(CONTAINERD_VERSION) with guest-pull $(VERSION), patches: $(PATCHES)"
+	@$(GO_BUILD) -o $(BIN)/ ./builder/containerd $(CONTAINERD)/cmd/ctr
+	@$(call GO_BUILD,no_grpc) -o $(BIN)/ $(CONTAINERD)/cmd/containerd-shim-runc-v2
+	@$(GO_BUILD) -o $(BIN)/guest-pull-overlayfs ./overlayhelper
+	@ln -sfn guest-pull-overlayfs $(BIN)/nydus-overlayfs-guest-pull
 .PHONY: build
 
 patched: ## copy containerd's source out of the module cache and apply the patches to the copy
-	$(GO) run ./builder/patch -out $(BUILD_DIR)/patched
+	@$(GO) run ./builder/patch -out $(BUILD_DIR)/patched
 .PHONY: patched
 
 install: ## install what `make build` built: PREFIX (/usr/local), DESTDIR; no configuration is touched
@@ -72,6 +74,34 @@ clean: ## remove bin/ and .build/
 	rm -rf $(BIN) $(BUILD_DIR)
 .PHONY: clean
 
+## ---------------------------------------------------------------- packages
+
+DIST   ?= $(BUILD_DIR)/dist
+ARCHES ?= amd64 arm64
+# All files in a package are dated as the last commit.
+SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+PACKAGE_TOOLS := $(BUILD_DIR)/tools/package-$(CONTAINERD_VERSION)-1
+PACKAGE_ENV = ARCH=$$arch VERSION=$(VERSION) CONTAINERD_VERSION=$(CONTAINERD_VERSION) \
+	SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) TOOLS=$(PACKAGE_TOOLS)
+
+# Built without paths of this machine, for the SBOM has the digest of its tool.
+$(PACKAGE_TOOLS):
+	rm -rf $@.tmp
+	set -e; for tool in github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.44.2 github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.9.0 \
+			github.com/cpuguy83/go-md2man/v2@v2.0.7 $(CONTAINERD)/cmd/gen-manpages@$(CONTAINERD_VERSION) $(CONTAINERD)/cmd/ctr@$(CONTAINERD_VERSION); do \
+		CGO_ENABLED=0 GOBIN=$(CURDIR)/$@.tmp $(GO) install -trimpath $$tool; \
+	done
+	mv $@.tmp $@
+
+package: $(PACKAGE_TOOLS) ## build .deb, .rpm and .tar.gz for amd64 and arm64, SBOMs and SHA256SUMS into .build/dist/
+	rm -rf $(DIST)
+	set -e; for arch in $(ARCHES); do \
+		$(MAKE) build ARCH=$$arch BIN=$(BUILD_DIR)/package/$$arch/bin; \
+		$(PACKAGE_ENV) builder/package/package.sh $(BUILD_DIR)/package/$$arch/bin $(BUILD_DIR)/package/$$arch/tree $(DIST); \
+	done
+	cd $(DIST) && sha256sum * >SHA256SUMS
+.PHONY: package
+
 ## ---------------------------------------------------------------- try and test
 
 # What the demo and the tests run besides the binaries: runc, mount.fuse, a
@@ -87,11 +117,12 @@ deps: ## install the Debian packages that the demo and the tests need
 .PHONY: deps
 
 test-tools: ## build the test equipment (the stand-in guest) into .build/
-	cd integration && CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -o ../$(BUILD_DIR)/containerd-shim-guest-v2 ./shim-guest
+	@echo "building the stand-in guest into $(BUILD_DIR)/"
+	@cd integration && CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -o ../$(BUILD_DIR)/containerd-shim-guest-v2 ./shim-guest
 .PHONY: test-tools
 
 demo: deps build test-tools ## pull an image in a guest and see it happen (IMAGE=reference: an image of yours)
-	cd integration && IMAGE='$(IMAGE)' $(GO) run ./demo
+	@cd integration && IMAGE='$(IMAGE)' $(GO) run ./demo
 .PHONY: demo
 
 GOLANGCI_LINT_VERSION := v2.9.0
