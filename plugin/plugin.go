@@ -145,7 +145,7 @@ func initialize(ic *plugin.InitContext) (any, error) {
 	return &instance{
 		Snapshotter:   wrapped,
 		Cleaner:       wrapped.(snapshots.Cleaner),
-		ImageObserver: s.(snapshotter.ImageObserver),
+		LayerObserver: s.(snapshotter.LayerObserver),
 	}, nil
 }
 
@@ -154,7 +154,7 @@ func initialize(ic *plugin.InitContext) (any, error) {
 type instance struct {
 	snapshots.Snapshotter
 	snapshots.Cleaner
-	snapshotter.ImageObserver
+	snapshotter.LayerObserver
 }
 
 // missingHelpers says which programs are not found that containerd runs when it

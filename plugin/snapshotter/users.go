@@ -29,7 +29,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -49,18 +48,19 @@ const (
 	ResolveUsersRegistry = "registry"
 )
 
-// ImageObserver is what a patched containerd tells of its pulls. The snapshotter
-// that New returns implements it.
-type ImageObserver interface {
-	// ImagePulled is called when the layers of an image have been prepared,
-	// before the image gets its name. fetch opens a blob, with the credentials
-	// and the hosts of the pull, and may be called as long as ImagePulled has not
+// LayerObserver is what a patched containerd tells of its pulls: an interface of
+// its own (core/unpack/observer.go, after patches/containerd) that the plugin has
+// to implement. The snapshotter that New returns implements it.
+type LayerObserver interface {
+	// LayersPrepared is called in a pull when all layers of an image, the lowest
+	// first, have been prepared. fetch opens one of them, with the pull's own
+	// credentials and hosts, and must not be used after LayersPrepared has
 	// returned. An error fails the pull.
-	ImagePulled(ctx context.Context, manifest ocispec.Manifest, config ocispec.Image,
+	LayersPrepared(ctx context.Context, layers []ocispec.Descriptor, diffIDs []digest.Digest,
 		fetch func(context.Context, ocispec.Descriptor) (io.ReadCloser, error)) error
 }
 
-var _ ImageObserver = (*snapshotter)(nil)
+var _ LayerObserver = (*snapshotter)(nil)
 
 // imageUsers gives containers the users and groups of their images: as the
 // lowest directory of their mount, which has etc/passwd and etc/group and is
@@ -246,16 +246,16 @@ func (u *imageUsers) cleanup(ctx context.Context, walk func(context.Context, sna
 	return errors.Join(errs...)
 }
 
-// ImagePulled reads the users and groups of an image that was left to the guest,
-// unless they are known. That the image has none that can be used is not an
-// error: containers that need them are told when they are created.
-func (s *snapshotter) ImagePulled(ctx context.Context, manifest ocispec.Manifest, config ocispec.Image,
+// LayersPrepared reads the users and groups of an image that was left to the
+// guest, unless they are known. That the image has none that can be used is not
+// an error: containers that need them are told when they are created.
+func (s *snapshotter) LayersPrepared(ctx context.Context, layers []ocispec.Descriptor, diffIDs []digest.Digest,
 	fetch func(context.Context, ocispec.Descriptor) (io.ReadCloser, error),
 ) error {
-	return s.users.read(ctx, manifest, config.RootFS.DiffIDs, fetch)
+	return s.users.read(ctx, layers, diffIDs, fetch)
 }
 
-func (u *imageUsers) read(ctx context.Context, manifest ocispec.Manifest, diffIDs []digest.Digest, fetch users.Fetch) error {
+func (u *imageUsers) read(ctx context.Context, descs []ocispec.Descriptor, diffIDs []digest.Digest, fetch users.Fetch) error {
 	if u.known == nil || len(diffIDs) == 0 {
 		return nil
 	}
@@ -272,20 +272,15 @@ func (u *imageUsers) read(ctx context.Context, manifest ocispec.Manifest, diffID
 		return err
 	}
 
-	var layers []users.Layer
+	if len(descs) != len(diffIDs) {
+		return fmt.Errorf("users of the image with chain ID %s: there are %d layers and %d diff IDs: %w",
+			chain, len(descs), len(diffIDs), errdefs.ErrInvalidArgument)
+	}
+	layers := make([]users.Layer, len(descs))
 	var size int64
-	for _, l := range manifest.Layers {
-		if images.IsLayerType(l.MediaType) {
-			layers = append(layers, users.Layer{Descriptor: l})
-			size += l.Size
-		}
-	}
-	if len(layers) != len(diffIDs) {
-		return fmt.Errorf("users of the image with chain ID %s: the manifest has %d layers and the config %d: %w",
-			chain, len(layers), len(diffIDs), errdefs.ErrInvalidArgument)
-	}
-	for i := range layers {
-		layers[i].DiffID = diffIDs[i]
+	for i, desc := range descs {
+		layers[i] = users.Layer{Descriptor: desc, DiffID: diffIDs[i]}
+		size += desc.Size
 	}
 
 	start := time.Now()
