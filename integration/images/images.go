@@ -80,6 +80,10 @@ type Spec struct {
 	// Passwd and Group are the contents of /etc/passwd and /etc/group; ""
 	// means files with root, nobody and app (1000:1000).
 	Passwd, Group string
+	// NoUsers leaves both files out.
+	NoUsers bool
+	// Top are the files of more layers, on top of those that Layers counts.
+	Top [][]File
 
 	// User, Env, Entrypoint, Cmd, WorkingDir, Volumes and Labels are the
 	// image's configuration. Without Entrypoint and Cmd the image prints
@@ -124,8 +128,11 @@ func Build(s Spec) (v1.Image, error) {
 		dir("bin"), dir("dev"), dir("etc"), dir("proc"), dir("sys"), dir("root"), dir("run"), dir("var"),
 		{name: "tmp", mode: fs.ModeDir | fs.ModeSticky | 0o777},
 		{name: "bin/busybox", mode: 0o755, data: shell},
-		{name: "etc/passwd", mode: 0o644, data: []byte(s.Passwd)},
-		{name: "etc/group", mode: 0o644, data: []byte(s.Group)},
+	}
+	if !s.NoUsers {
+		base = append(base,
+			file{name: "etc/passwd", mode: 0o644, data: []byte(s.Passwd)},
+			file{name: "etc/group", mode: 0o644, data: []byte(s.Group)})
 	}
 	for _, a := range applets {
 		base = append(base, file{name: "bin/" + a, mode: fs.ModeSymlink | 0o777, link: "busybox"})
@@ -143,6 +150,17 @@ func Build(s Spec) (v1.Image, error) {
 		}
 		if i == s.Layers-1 {
 			files = append(files, file{name: "etc/image-name", mode: 0o644, data: []byte(s.Name + "\n")})
+		}
+		l, err := layer(files, s.Encoding, random)
+		if err != nil {
+			return nil, err
+		}
+		layers = append(layers, l)
+	}
+	for _, top := range s.Top {
+		var files []file
+		for _, f := range top {
+			files = append(files, file{name: f.Name, mode: f.Mode, data: []byte(f.Data), link: f.Link, hard: f.Hard})
 		}
 		l, err := layer(files, s.Encoding, random)
 		if err != nil {
@@ -289,11 +307,22 @@ func assemble(layers []v1.Layer, cfg v1.Config, arch string) (v1.Image, error) {
 	return img, nil
 }
 
+// File is a file of a layer. One with the name ".wh.x" removes x of the layers
+// below, ".wh..wh..opq" all that is in its directory there.
+type File struct {
+	Name string // without leading slash
+	Mode fs.FileMode
+	Data string
+	Link string // the target of a link, which is symbolic unless Hard is set
+	Hard bool
+}
+
 type file struct {
 	name string
 	mode fs.FileMode
 	data []byte
 	link string
+	hard bool
 }
 
 func dir(name string) file { return file{name: name, mode: fs.ModeDir | 0o755} }
@@ -306,7 +335,9 @@ func layer(files []file, enc Encoding, random io.Reader) (v1.Layer, error) {
 		switch {
 		case f.mode.IsDir():
 			h.Typeflag, h.Name = tar.TypeDir, f.name+"/"
-		case f.mode&fs.ModeSymlink != 0:
+		case f.hard:
+			h.Typeflag, h.Linkname = tar.TypeLink, f.link
+		case f.mode&fs.ModeSymlink != 0 || f.link != "":
 			h.Typeflag, h.Linkname = tar.TypeSymlink, f.link
 		}
 		if f.mode&fs.ModeSticky != 0 {
