@@ -377,7 +377,6 @@ func (k *killer) requireBaseline(t *testing.T) {
 	t.Helper()
 	var diff []string
 	// What is removed in the background is given time.
-	var ended bool
 	for began := time.Now(); ; time.Sleep(100 * time.Millisecond) {
 		now, err := k.inventory(t.Context())
 		require.NoError(t, err)
@@ -395,9 +394,8 @@ func (k *killer) requireBaseline(t *testing.T) {
 		if len(diff) == 0 || time.Since(began) > 20*time.Second {
 			break
 		}
-		if !ended && time.Since(began) > 5*time.Second {
+		if time.Since(began) > 5*time.Second {
 			k.endLostShims(t, now)
-			ended = true
 		}
 	}
 	require.Empty(t, diff, "the node is not what it was before the round:\n%s", strings.Join(diff, "\n"))
