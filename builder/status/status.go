@@ -72,7 +72,8 @@ type Image struct {
 	Namespace string `json:"namespace"`
 	Name      string `json:"name"`
 	Digest    string `json:"digest"`
-	// GuestOnly says that no part of any of its layers is on the host.
+	// GuestOnly says that only a guest can run it: no other snapshotter has
+	// it, and at least one of its layers is nowhere on the host.
 	GuestOnly bool `json:"guest_only"`
 	// Layers is the number of its layers. LayersOffHost of them, of
 	// BytesOffHost bytes, are neither in the content store nor in another
@@ -253,20 +254,22 @@ func (n *node) image(ctx context.Context, i images.Image, mine map[string]snapsh
 		img.BytesOffHost += layer.Size
 		n.offHost[layer.Digest] = layer.Size
 	}
-	img.GuestOnly = img.LayersOffHost == img.Layers
+	img.GuestOnly = len(img.Snapshotters) == 0 && img.LayersOffHost > 0
 	return img, true, nil
 }
 
 // snapshots lists the snapshots of containers: all that are not named by a chain
 // ID, as layers are.
 func (s *Status) snapshots(ctx context.Context, ns string, n *node, mine map[string]snapshots.Info) error {
-	containers, err := n.client.ContainerService().List(ctx, "snapshotter=="+Snapshotter)
+	containers, err := n.client.ContainerService().List(ctx)
 	if err != nil {
 		return fmt.Errorf("list containers: %w", err)
 	}
 	owner := map[string]string{}
 	for _, c := range containers {
-		owner[c.SnapshotKey] = c.ID
+		if c.Snapshotter == Snapshotter {
+			owner[c.SnapshotKey] = c.ID
+		}
 	}
 	needed := map[string]bool{}
 	for _, i := range mine {

@@ -38,8 +38,10 @@
 //     the one about a container.
 //   - containerd_guest_pull_errors_total (counter, calls), by operation and kind:
 //     calls that failed, by the kind of error in the words of containerd's errdefs.
-//   - containerd_guest_pull_user_lookups_total (counter, look-ups), by source and
-//     result: user and group names that were looked up for a container.
+//   - containerd_guest_pull_user_lookups_total (counter, images), by source and
+//     result: pulled images whose users and groups were looked up. The source is
+//     "registry"; the result is "read", "known" already, "unusable" (the image has
+//     none that can be used), or "failed".
 //
 // Spans are made through containerd's pkg/tracing, one for each call, and named
 // "snapshotter.guest-pull." and the operation.
@@ -105,7 +107,11 @@ func New() *Metrics {
 		refused:     ns.NewCounter("refused_extractions", "requests to put a layer's content on the host that were refused, in requests"),
 		operations:  ns.NewLabeledTimerWithBuckets("operation", "duration of the snapshotter's operations, in seconds", buckets, "operation"),
 		errors:      ns.NewLabeledCounter("errors", "operations of the snapshotter that failed, by kind of error, in calls", "operation", "kind"),
-		userLookups: ns.NewLabeledCounter("user_lookups", "user and group names that were looked up for a container, in look-ups", "source", "result"),
+		userLookups: ns.NewLabeledCounter("user_lookups", "images whose users and groups were looked up, in images", "source", "result"),
+	}
+	// A counter that is there before it counts is seen to rise from zero.
+	for _, result := range []string{"read", "known", "unusable", "failed"} {
+		m.userLookups.WithValues(snapshotter.ResolveUsersRegistry, result)
 	}
 	return m
 }
@@ -125,9 +131,9 @@ func (m *Metrics) Register() error {
 	return nil
 }
 
-// UserLookup counts a look-up of user or group names. The source says where they
-// were looked for, and the result what came of it; both are from a small fixed
-// set.
+// UserLookup counts a look-up of an image's users and groups. The source says
+// where they were looked for, and the result what came of it
+// (snapshotter.Config.ObserveUsers).
 func (m *Metrics) UserLookup(source, result string) {
 	m.userLookups.WithValues(source, result).Inc()
 }

@@ -220,8 +220,10 @@ func TestOperations(t *testing.T) {
 	assert.EqualValues(t, 1, got["errors_total,not_found,remove"])
 	assert.EqualValues(t, 2, got["operation_seconds,remove"])
 
-	m.UserLookup("guest", "found")
-	assert.EqualValues(t, 1, gather(t, m)["user_lookups_total,found,guest"])
+	assert.EqualValues(t, 0, got["user_lookups_total,known,registry"])
+	m.UserLookup("registry", "known")
+	assert.EqualValues(t, 1, gather(t, m)["user_lookups_total,known,registry"])
+	assert.Contains(t, got, "user_lookups_total,failed,registry", "there before it counts")
 }
 
 // Rows of an older daemon for image layers are in the store, and no containers.
