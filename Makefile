@@ -146,8 +146,9 @@ unit-patched: patched ## run containerd's own tests of every package that a patc
 	cd $(BUILD_DIR)/patched/containerd && $(GO) test $$(cd $(CURDIR) && $(GO) run ./builder/patch -packages)
 .PHONY: unit-patched
 
+INTEGRATION_TIMEOUT := 30m
 integration: deps build test-tools bench-binaries ## run the built binaries against a registry, with runc and with the stand-in guest
-	cd integration && $(GO) test -count=1 -timeout 30m ./...
+	cd integration && $(GO) test -count=1 -timeout $(INTEGRATION_TIMEOUT) ./...
 .PHONY: integration
 
 # A Kubernetes cluster of one node, built from source once: etcd, kube-apiserver
@@ -195,5 +196,35 @@ bench-short: deps build test-tools bench-binaries ## the same on a small scale (
 	cd integration && $(GO) run ./bench -short
 .PHONY: bench-short
 
-test: lint unit unit-patched integration ## lint, unit, conformance and integration tests
+## ---------------------------------------------------------------- prove
+
+# The tests add to these what they have seen, and the last step prints the sums.
+export GUEST_PULL_FIGURES := $(abspath $(BUILD_DIR))/figures
+PRINT_FIGURES = @echo; cd integration && $(GO) run ./figures/print
+
+new-figures:
+	@mkdir -p $(BUILD_DIR) && rm -f $(GUEST_PULL_FIGURES)
+.PHONY: new-figures
+
+# Each fuzz target runs for so long.
+FUZZTIME ?= 1m
+
+fuzz: ## run each fuzz target for FUZZTIME (1m)
+	cd integration && $(GO) run ./fuzz -time $(FUZZTIME)
+.PHONY: fuzz
+
+upstream: deps build test-tools ## run containerd's own integration suites against bin/ and against stock containerd, and compare (an hour)
+	@dpkg-query -W containernetworking-plugins >/dev/null 2>&1 || DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends containernetworking-plugins >/dev/null
+	cd integration && GUEST_PULL_CONTAINERD=$(abspath $(BIN)) $(GO) run ./upstream
+.PHONY: upstream
+
+test: new-figures lint unit unit-patched integration ## lint, unit, conformance and integration tests
+	$(PRINT_FIGURES)
 .PHONY: test
+
+test-all: export GUEST_PULL_KILLS := 200
+test-all: export GUEST_PULL_CONTAINERS := 1000
+test-all: INTEGRATION_TIMEOUT := 3h
+test-all: new-figures lint unit unit-patched integration fuzz upstream e2e-kubernetes ## all tests: what `make test` runs, on a large scale, and what takes long (hours); run it before a release
+	$(PRINT_FIGURES)
+.PHONY: test-all

@@ -327,7 +327,7 @@ func measure(t *testing.T, n *harness.Node) usage {
 // warms up pools and databases, which keep their free pages; a second one must
 // need no more.
 func TestManyContainers(t *testing.T) {
-	many := int(number(t, "GUEST_PULL_CONTAINERS", 100))
+	many := int(envNumber(t, "GUEST_PULL_CONTAINERS", 100))
 	ctx := t.Context()
 	n, reg := newNode(t, harness.Options{})
 	img := push(t, reg, images.Spec{Name: "app", Layers: 20, LayerSize: 1 << 10})

@@ -43,8 +43,8 @@ import (
 	"github.com/guest-pull/guest-pull-snapshotter/integration/images"
 )
 
-// number reads a number that a run is configured with from the environment.
-func number(t *testing.T, name string, otherwise uint64) uint64 {
+// envNumber reads a number that a run is configured with from the environment.
+func envNumber(t *testing.T, name string, otherwise uint64) uint64 {
 	t.Helper()
 	v := os.Getenv(name)
 	if v == "" {
@@ -68,8 +68,8 @@ func count(t *testing.T, f figures.Figure, n int64) {
 // GUEST_PULL_KILLS is the number of rounds, GUEST_PULL_SEED repeats the signals,
 // workloads and moments of a run (what the scheduler makes of them differs).
 func TestKills(t *testing.T) {
-	rounds := number(t, "GUEST_PULL_KILLS", 20)
-	seed := number(t, "GUEST_PULL_SEED", rand.Uint64())
+	rounds := envNumber(t, "GUEST_PULL_KILLS", 20)
+	seed := envNumber(t, "GUEST_PULL_SEED", rand.Uint64())
 	t.Logf("%d rounds; repeat them with GUEST_PULL_KILLS=%d GUEST_PULL_SEED=%d", rounds, rounds, seed)
 
 	// The control: what happens to runc on overlayfs is none of the snapshotter's.
