@@ -128,7 +128,7 @@ func Start(ctx context.Context, bin Binaries) (_ *Control, err error) {
 		"--kubelet-certificate-authority="+c.ca.crt("ca"),
 		"--kubelet-preferred-address-types=InternalIP",
 		"--service-account-issuer=https://kubernetes.default.svc",
-		"--service-account-key-file="+c.ca.keyFile("service-account"),
+		"--service-account-key-file="+c.ca.crt("service-account"),
 		"--service-account-signing-key-file="+c.ca.keyFile("service-account"),
 		"--service-cluster-ip-range=10.96.0.0/24",
 		// It would want a service account for each pod, which a controller makes.

@@ -288,15 +288,11 @@ func (k *Kubelet) DeletePods(ctx context.Context) error {
 }
 
 // Leftovers lists what kubelet has of pods, when it should have none: volumes,
-// mounts, directories, logs.
+// mounts, directories. Logs are not among them: see [Kubelet.Logs].
 func (k *Kubelet) Leftovers() ([]string, error) {
-	var found []string
-	for _, pattern := range []string{k.join("root/pods/*"), k.join("pods/*")} {
-		paths, err := filepath.Glob(pattern)
-		if err != nil {
-			return nil, err
-		}
-		found = append(found, paths...)
+	found, err := filepath.Glob(k.join("root/pods/*"))
+	if err != nil {
+		return nil, err
 	}
 	mounts, err := k.mounts()
 	if err != nil {
@@ -309,6 +305,10 @@ func (k *Kubelet) Leftovers() ([]string, error) {
 	}
 	return found, nil
 }
+
+// Logs lists the directories of the pods' logs. Kubelet keeps those of a deleted
+// pod, and its sandbox, until it collects garbage, which it does each minute.
+func (k *Kubelet) Logs() ([]string, error) { return filepath.Glob(filepath.Join(k.PodLogs(), "*")) }
 
 func (k *Kubelet) mounts() ([]*mountinfo.Info, error) {
 	return mountinfo.GetMounts(mountinfo.PrefixFilter(k.dir))
