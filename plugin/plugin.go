@@ -14,9 +14,6 @@
    limitations under the License.
 */
 
-// Package plugin registers the guest-pull snapshotter with containerd. Import it
-// for that effect alone; the snapshotter itself is in package snapshotter, which
-// registers nothing.
 package plugin
 
 import (
