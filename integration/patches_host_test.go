@@ -188,6 +188,62 @@ func TestPatchStatistics(t *testing.T) {
 	})
 }
 
+// kubelet's garbage collector takes an image's size for what removing it frees,
+// and finds out by the image's ID whether a container uses it.
+func TestPatchImageSize(t *testing.T) {
+	for _, path := range mixedPaths {
+		t.Run(path.name, func(t *testing.T) {
+			eachContainerd(t, func(t *testing.T, binaries string) {
+				ctx := t.Context()
+				o := path.options
+				o.Binaries = binaries
+				n, reg := newMixedNode(t, o)
+				img := push(t, reg, images.Spec{Name: "app", Layers: 3, User: "1000"})
+				manifest, err := img.RawManifest()
+				require.NoError(t, err)
+				config, err := img.RawConfigFile()
+				require.NoError(t, err)
+				layers, err := images.LayersSize(img.Image)
+				require.NoError(t, err)
+				small := int64(len(manifest) + len(config))
+				listed := func() *runtimeapi.Image {
+					r, err := n.Images.ListImages(ctx, &runtimeapi.ListImagesRequest{})
+					require.NoError(t, err)
+					for _, i := range r.GetImages() {
+						if slices.Contains(i.RepoTags, img.Ref) {
+							return i
+						}
+					}
+					require.Fail(t, "the image is not listed")
+					return nil
+				}
+				size := func(want int64) error {
+					if got := int64(listed().Size); got != want {
+						return fmt.Errorf("the image has %d bytes on the host and is listed with %d", want, got)
+					}
+					return nil
+				}
+				used := func(c *harness.Container) {
+					status, err := c.Status(ctx)
+					require.NoError(t, err)
+					require.Equal(t, listed().Id, status.ImageId)
+				}
+
+				c := run(t, runPod(t, n, harness.PodSpec{Handler: harness.Guest}), harness.ContainerSpec{Image: img.Ref})
+				requireFixed(t, n, "0009", size(small), "is listed with")
+				used(c)
+				if !hasPatch(n, "0009") {
+					return
+				}
+				pod := runPod(t, n, harness.PodSpec{Handler: harness.Runc})
+				used(run(t, pod, harness.ContainerSpec{Image: img.Ref}))
+				require.NoError(t, n.GC(ctx))
+				require.NoError(t, size(small+layers), "unpacked, whether the layers' content stayed or not")
+			})
+		})
+	}
+}
+
 // With disable_layer_fetch, a mistake in the configuration of a runtime handler
 // costs the pull and not the secrecy of the image; the metrics tell of it.
 func TestPatchDisableLayerFetch(t *testing.T) {
