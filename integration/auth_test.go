@@ -259,12 +259,12 @@ func TestMirror(t *testing.T) {
 			n := harness.New(t, o)
 			t.Cleanup(func() { requireNoLayersOnHost(t, origin) })
 			configure := func(mirrors ...string) {
-				text := fmt.Sprintf("server = %q\n", origin.URL())
+				text := fmt.Appendf(nil, "server = %q\n", origin.URL())
 				for _, m := range mirrors {
-					text += fmt.Sprintf("[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n", m)
+					text = fmt.Appendf(text, "[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n", m)
 				}
 				require.NoError(t, os.MkdirAll(filepath.Dir(hostsFile(n, origin.Host())), 0o755))
-				require.NoError(t, os.WriteFile(hostsFile(n, origin.Host()), []byte(text), 0o600))
+				require.NoError(t, os.WriteFile(hostsFile(n, origin.Host()), text, 0o600))
 			}
 			pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
 

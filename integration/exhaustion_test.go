@@ -137,8 +137,7 @@ type smallDisk struct {
 
 func newSmallDisk(t *testing.T) smallDisk {
 	t.Helper()
-	// Short, as mount options have a page for all paths.
-	dir, err := os.MkdirTemp("", "gp-disk-")
+	dir, err := os.MkdirTemp("", "gp-disk-") //nolint:usetesting // t.TempDir gives long paths with characters that mount options cannot have
 	require.NoError(t, err)
 	require.NoError(t, unix.Mount("gp-disk", dir, "tmpfs", 0, "size=1m,nr_inodes=2000,mode=0700"))
 	t.Cleanup(func() {

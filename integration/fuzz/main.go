@@ -84,7 +84,7 @@ func list(dir string) ([]target, error) {
 		if len(f) < 3 {
 			continue // no tests
 		}
-		for _, file := range strings.Fields(f[2]) {
+		for file := range strings.FieldsSeq(f[2]) {
 			text, err := os.ReadFile(f[1] + "/" + file)
 			if err != nil {
 				return nil, err

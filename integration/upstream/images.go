@@ -191,7 +191,7 @@ func busyboxApplets() ([]entry, error) {
 		return nil, fmt.Errorf("list what busybox can do: %w; install the package busybox-static", err)
 	}
 	files := []entry{{name: "home/", mode: 0o755}, {name: "usr/", mode: 0o755}, {name: "usr/sbin/", mode: 0o755}}
-	for _, a := range strings.Fields(string(out)) {
+	for a := range strings.FieldsSeq(string(out)) {
 		if a != "busybox" && a != "nc" {
 			files = append(files, entry{name: "bin/" + a, link: "busybox"})
 		}

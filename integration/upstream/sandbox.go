@@ -172,7 +172,7 @@ func enterCgroups(name string) error {
 		if err != nil {
 			return err
 		}
-		for _, c := range strings.Fields(string(controllers)) {
+		for c := range strings.FieldsSeq(string(controllers)) {
 			if err := os.WriteFile("/sys/fs/cgroup/cgroup.subtree_control", []byte("+"+c), 0o644); err != nil {
 				return fmt.Errorf("share out the cgroup controller %s: %w", c, err)
 			}
