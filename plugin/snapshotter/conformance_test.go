@@ -47,6 +47,7 @@ var configs = map[string]Config{
 	"default": {},
 	"sync":    {SyncRemove: true},
 	"options": {MountOptions: []string{"volatile"}, MountType: "fuse.guest-pull-overlayfs"},
+	"users":   {ResolveUsers: ResolveUsersRegistry, Users: map[string]string{"nginx": "101:101"}},
 }
 
 // containerd's own conformance suite. The name decides what the rename cases

@@ -68,6 +68,7 @@ var errDamaged = errors.New("the database is damaged")
 // tryUserStore opens the store and reads all of it. After a panic it cannot be
 // closed: it may hold its own locks.
 func tryUserStore(path string) (_ *userStore, err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer protect(&err)
 	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: 5 * time.Second})
 	switch {
