@@ -139,7 +139,7 @@ lint: $(GOLANGCI_LINT) ## run golangci-lint on every module
 
 unit: deps ## run the unit and conformance tests, with the race detector
 	$(GO) test -race ./plugin/volume/... ./overlayhelper/... ./builder/...
-	$(GO) test -race ./plugin/ ./plugin/snapshotter/... -args -test.root
+	$(GO) test -race ./plugin/ ./plugin/users/ ./plugin/snapshotter/... -args -test.root
 .PHONY: unit
 
 unit-patched: patched ## run containerd's own tests of every package that a patch touches
