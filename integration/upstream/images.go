@@ -122,7 +122,7 @@ func pushImages(reg *registry.Registry) error {
 		Name: "busybox", Layers: 2, Cmd: []string{"sh"},
 		// The suites use these users and groups of the real busybox's.
 		Passwd: accounts("root:0:0", "daemon:1:1", "bin:2:2", "sys:3:3", "sync:4:100", "mail:8:8", "www-data:33:33", "operator:37:37", "nobody:65534:65534"),
-		Group:  groups("root:0", "daemon:1", "bin:2", "sys:3", "adm:4", "tty:5", "disk:6", "lp:7", "mail:8", "wheel:10", "www-data:33", "operator:37", "users:100", "nogroup:65534"),
+		Group:  groups("root:0", "daemon:1", "bin:2", "sys:3", "adm:4", "tty:5", "disk:6", "lp:7", "mail:8", "wheel:10:root", "www-data:33", "operator:37", "users:100", "nogroup:65534"),
 	})
 	if err != nil {
 		return err
@@ -212,8 +212,8 @@ func accounts(list ...string) string {
 func groups(list ...string) string {
 	var b strings.Builder
 	for _, g := range list {
-		name, id, _ := strings.Cut(g, ":")
-		fmt.Fprintf(&b, "%s:x:%s:\n", name, id)
+		f := append(strings.Split(g, ":"), "") // without members
+		fmt.Fprintf(&b, "%s:x:%s:%s\n", f[0], f[1], f[2])
 	}
 	return b.String()
 }

@@ -37,10 +37,12 @@ import (
 	"maps"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/guest-pull/guest-pull-snapshotter/integration/figures"
@@ -80,7 +82,10 @@ func main() {
 	case stageInside:
 		err = inside()
 	default:
-		err = run()
+		// An interrupted run cleans up, too.
+		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		err = run(ctx)
+		stop()
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "upstream:", err)
@@ -88,7 +93,7 @@ func main() {
 	}
 }
 
-func run() error {
+func run(ctx context.Context) error {
 	var (
 		only = flag.String("suite", "cri,client,client-guest-pull,cri-guest", "the suites to run, separated by commas")
 		expr = flag.String("run", "", "run only the cases that match, as go test's -run")
@@ -117,16 +122,16 @@ func run() error {
 		}
 		var baseline results
 		if s.compare {
-			if baseline, err = t.runSuite(s, "stock", *expr); err == nil {
-				err = t.again(s, "stock", baseline, func(name string) bool { return baseline[name] == hung })
+			if baseline, err = t.runSuite(ctx, s, "stock", *expr); err == nil {
+				err = t.again(ctx, s, "stock", baseline, func(name string) bool { return baseline[name] == hung })
 			}
 			if err != nil {
 				return err
 			}
 		}
-		ours, err := t.runSuite(s, "guest-pull", *expr)
+		ours, err := t.runSuite(ctx, s, "guest-pull", *expr)
 		if err == nil {
-			err = t.again(s, "guest-pull", ours, func(name string) bool {
+			err = t.again(ctx, s, "guest-pull", ours, func(name string) bool {
 				return ours[name] == hung || (baseline[name] == passed && ours[name] != passed)
 			})
 		}
@@ -161,7 +166,7 @@ func run() error {
 
 // again runs cases once more, alone: some of the suites' cases depend on time, and
 // fail or hang on a machine that has much to do.
-func (t tree) again(s suite, which string, all results, needed func(string) bool) error {
+func (t tree) again(ctx context.Context, s suite, which string, all results, needed func(string) bool) error {
 	var names []string
 	for _, name := range slices.Sorted(maps.Keys(all)) {
 		if !strings.Contains(name, "/") && needed(name) {
@@ -170,7 +175,7 @@ func (t tree) again(s suite, which string, all results, needed func(string) bool
 	}
 	for _, name := range names {
 		fmt.Printf("%s on %s: %s: %s; once more, alone\n", s.name, which, name, all[name])
-		again, err := t.runSuite(s, which+".again", "^"+regexp.QuoteMeta(name)+"$")
+		again, err := t.runSuite(ctx, s, which+".again", "^"+regexp.QuoteMeta(name)+"$")
 		if err != nil {
 			return err
 		}
@@ -257,7 +262,7 @@ func (t tree) build() error {
 }
 
 // runSuite runs a suite against the stock containerd or this project's.
-func (t tree) runSuite(s suite, which, expr string) (results, error) {
+func (t tree) runSuite(ctx context.Context, s suite, which, expr string) (results, error) {
 	bin := t.bin
 	if strings.HasPrefix(which, "stock") {
 		bin = filepath.Join(t.out, "stock")
@@ -278,7 +283,10 @@ func (t tree) runSuite(s suite, which, expr string) (results, error) {
 	}
 	fmt.Printf("%s on %s; log: %s\n", s.name, which, log.Name())
 	started := time.Now()
-	err = sandboxed(scratch, []string{s.name, bin, t.out, filepath.Join(t.repo, ".build"), expr}, log)
+	err = sandboxed(ctx, scratch, []string{s.name, bin, t.out, filepath.Join(t.repo, ".build"), expr}, log)
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
 		return nil, err

@@ -17,6 +17,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -48,7 +49,7 @@ const (
 
 // sandboxed runs this program again, inside. Its directory holds what the suite
 // leaves on disk and is empty afterwards.
-func sandboxed(dir string, args []string, log *os.File) error {
+func sandboxed(ctx context.Context, dir string, args []string, log *os.File) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err
@@ -57,7 +58,7 @@ func sandboxed(dir string, args []string, log *os.File) error {
 	if err := makeCgroups(cgroup); err != nil {
 		return errors.Join(err, removeCgroups(cgroup))
 	}
-	cmd := exec.Command(self, args...)
+	cmd := exec.CommandContext(ctx, self, args...)
 	cmd.Env = append(os.Environ(), stageEnv+"="+stageFirst, "GUEST_PULL_UPSTREAM_DIR="+dir, "GUEST_PULL_UPSTREAM_CGROUP="+cgroup)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{
