@@ -65,6 +65,9 @@ func sandboxed(ctx context.Context, dir string, args []string, log *os.File) err
 		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC,
 		Pdeathsig:  syscall.SIGKILL,
 	}
+	cmd.Cancel = func() error {
+		return errors.Join(cmd.Process.Kill(), thaw(cgroup))
+	}
 	err = cmd.Run()
 	return errors.Join(err, removeCgroups(cgroup), os.RemoveAll(dir))
 }
@@ -113,6 +116,35 @@ func removeCgroups(name string) error {
 		}
 	}
 	return nil
+}
+
+// thaw thaws all that a case has left frozen: it could not die with the sandbox,
+// which would wait for it for ever.
+func thaw(name string) error {
+	mounts, err := cgroupMounts()
+	if err != nil {
+		return err
+	}
+	for _, m := range mounts {
+		err = errors.Join(err, filepath.WalkDir(filepath.Join(m.Mountpoint, name), func(path string, d fs.DirEntry, err error) error {
+			switch {
+			case errors.Is(err, fs.ErrNotExist):
+				return nil // removed meanwhile
+			case err != nil:
+				return err
+			case d.Name() == "freezer.state": // version 1
+				err = os.WriteFile(path, []byte("THAWED"), 0o644)
+			case d.Name() == "cgroup.freeze" && m.FSType == "cgroup2":
+				err = os.WriteFile(path, []byte("0"), 0o644)
+			}
+			// The root of a hierarchy has such a file and cannot be written.
+			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENODEV) {
+				return nil
+			}
+			return err
+		}))
+	}
+	return err
 }
 
 // removeTree removes directories only: the files of a cgroup go with it.
@@ -241,6 +273,9 @@ func first(hosts []string) error {
 			return err
 		}
 		if pid == cmd.Process.Pid {
+			if err := thaw("."); err != nil {
+				fmt.Fprintln(os.Stderr, "upstream:", err)
+			}
 			os.Exit(status.ExitStatus()) // and with it, everything else
 		}
 	}
