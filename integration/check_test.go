@@ -98,7 +98,7 @@ func TestCheck(t *testing.T) {
 
 	// Spoilt in the way that a person would.
 	require.NoError(t, n.Down())
-	require.NoError(t, n.Reconfigure(func(o *harness.Options) {
+	require.NoError(t, n.Reconfigure(t.Context(), func(o *harness.Options) {
 		o.PluginConfig = `root_path = "relative"`
 		o.ExtraConfig = `
 [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
@@ -118,7 +118,7 @@ func TestCheck(t *testing.T) {
 	require.Error(t, err)
 	require.Contains(t, table, "containerd-shim-kata-gone-v2")
 
-	require.NoError(t, n.Reconfigure(func(o *harness.Options) { o.PluginConfig, o.ExtraConfig = "", "" }))
+	require.NoError(t, n.Reconfigure(t.Context(), func(o *harness.Options) { o.PluginConfig, o.ExtraConfig = "", "" }))
 	require.NoError(t, n.Up(t.Context()))
 }
 
@@ -127,12 +127,12 @@ type statusReport struct {
 	Root        string
 	Directories int
 	Images      []struct {
-		Namespace, Name   string
-		GuestOnly         bool     `json:"guest_only"`
-		Layers            int      `json:"layers"`
-		LayersOffHost     int      `json:"layers_off_host"`
-		BytesOffHost      int64    `json:"bytes_off_host"`
-		OtherSnapshotters []string `json:"other_snapshotters"`
+		Namespace, Name, Digest string
+		GuestOnly               bool     `json:"guest_only"`
+		Layers                  int      `json:"layers"`
+		LayersOffHost           int      `json:"layers_off_host"`
+		BytesOffHost            int64    `json:"bytes_off_host"`
+		OtherSnapshotters       []string `json:"other_snapshotters"`
 	}
 	OtherImages   int   `json:"other_images"`
 	LayersOffHost int   `json:"layers_off_host"`

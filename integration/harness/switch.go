@@ -30,7 +30,7 @@ import (
 // configuration, which is written anew. What is on its disk and the containers
 // that run stay, so that the next Up is that of another containerd on the same
 // node.
-func (n *Node) Reconfigure(change func(*Options)) error {
+func (n *Node) Reconfigure(ctx context.Context, change func(*Options)) error {
 	if n.process != nil {
 		return errors.New("reconfigure a node: containerd is running")
 	}
@@ -43,7 +43,11 @@ func (n *Node) Reconfigure(change func(*Options)) error {
 	if err := writeConfig(n.paths, bin, o); err != nil {
 		return err
 	}
-	n.opts, n.bin = o, bin
+	patches, err := bin.patches(ctx)
+	if err != nil {
+		return err
+	}
+	n.opts, n.bin, n.patches = o, bin, patches
 	return nil
 }
 
