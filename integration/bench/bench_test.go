@@ -48,7 +48,7 @@ var counted = []string{
 // scale, and have to give the whole table, and the counts that are promised.
 func TestShort(t *testing.T) {
 	r := newReport(t.Output(), true)
-	require.NoError(t, measure(t.Context(), r, short))
+	require.NoError(t, measure(t.Context(), r, short, ""))
 	var table strings.Builder
 	require.NoError(t, r.writeTable(&table))
 	t.Log("\n" + table.String())
@@ -109,22 +109,27 @@ func TestSeal(t *testing.T) {
 	require.NoError(t, prepareSealed(t.TempDir()))
 }
 
-// Ratios are made of figures of the same round, in the order of the rounds,
-// whoever began it; the round that warms up is not among them.
+// Ratios are made of figures of the same round, whoever's turn it was first; the
+// round that warms up is not among them.
 func TestInterleave(t *testing.T) {
-	var order []string
-	next := 0.0
+	var order string
+	turns := 0
 	measure := func(name string) contender {
 		return contender{name, func() (float64, error) {
-			order = append(order, name)
-			next++
-			return next, nil
+			order += name
+			turns++
+			return float64((turns + 1) / 2), nil // the round, from 1
 		}}
 	}
-	r, err := interleave(2, measure("a"), measure("b"))
+	const rounds = 20
+	r, err := interleave(t.Context(), rounds, measure("a"), measure("b"))
 	require.NoError(t, err)
-	assert.Equal(t, []string{"a", "b", "b", "a", "a", "b"}, order)
-	assert.Equal(t, map[string]series{"a": {4, 5}, "b": {3, 6}}, r)
-	assert.Equal(t, series{4. / 3, 5. / 6}, each(over, r["a"], r["b"]))
+	assert.Len(t, order, 2*(rounds+1))
+	assert.NotEqual(t, strings.Repeat(order[:2], rounds+1), order, "the order never changed")
+	for round := range rounds {
+		assert.InDelta(t, round+2, r["a"][round], 0)
+		assert.InDelta(t, round+2, r["b"][round], 0)
+	}
+	assert.Equal(t, always(1, r["a"]), each(over, r["a"], r["b"]))
 	assert.Equal(t, summary{Median: 2.5, Low: 1.75, High: 3.25}, summarize(series{4, 1, 3, 2}))
 }

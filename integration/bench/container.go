@@ -38,7 +38,7 @@ func (b *bench) containers(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	unpatched, err := harness.Start(ctx, harness.Options{Registry: b.reg, Binaries: b.binaries.unpatched})
+	unpatched, err := harness.Start(ctx, harness.Options{Registry: b.reg, Binaries: b.binaries.unpatched, ExtraConfig: quiet})
 	if err != nil {
 		return err
 	}
@@ -90,7 +90,7 @@ func (b *bench) containers(ctx context.Context) (err error) {
 		create = append(create, contender{c.name, func() (float64, error) { return c.create(ctx) }})
 		remove = append(remove, contender{c.name, func() (float64, error) { return c.remove(ctx) }})
 	}
-	created, err := interleave(b.scale.containerRounds, create...)
+	created, err := interleave(ctx, b.scale.containerRounds, create...)
 	if err != nil {
 		return err
 	}
@@ -98,7 +98,7 @@ func (b *bench) containers(ctx context.Context) (err error) {
 	b.compare("create a container", stock, "s", created[guestPull], created[stock], nil)
 	b.compareSubject(stock, "create a container", "overlayfs", "s", created[stock], created[overlayfs], nil)
 
-	removed, err := interleave(b.scale.containerRounds, remove...)
+	removed, err := interleave(ctx, b.scale.containerRounds, remove...)
 	if err != nil {
 		return err
 	}

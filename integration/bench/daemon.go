@@ -82,7 +82,7 @@ func (b *bench) daemons(ctx context.Context) (err error) {
 		{name: stockNode, binary: b.binaries.stock, handler: harness.Runc, snapshotter: overlayfs},
 		{name: proxyNode, binary: b.binaries.stock, handler: harness.Guest, snapshotter: guestPull, daemon: startProxy},
 	} {
-		o := harness.Options{Registry: b.reg, Binaries: n.binary, ExtraConfig: "[debug]\nlevel = \"info\"\n"}
+		o := harness.Options{Registry: b.reg, Binaries: n.binary, ExtraConfig: quiet}
 		if n.name == stockNode {
 			o.GuestSnapshotter = overlayfs // it has no other
 		}
@@ -147,7 +147,7 @@ func (b *bench) startAndStop(ctx context.Context, nodes []*node) (start, memory 
 			return r.took, errors.Join(err, r.stop())
 		}})
 	}
-	start, err = interleave(b.scale.startRounds, contenders...)
+	start, err = interleave(ctx, b.scale.startRounds, contenders...)
 	for name, s := range memory {
 		memory[name] = s[1:] // the first one warms up
 	}

@@ -73,7 +73,7 @@ func (b *bench) gc(ctx context.Context) (err error) {
 			return everything, err
 		}})
 	}
-	all, err := interleave(b.scale.gcRounds, contenders...)
+	all, err := interleave(ctx, b.scale.gcRounds, contenders...)
 	if err != nil {
 		return err
 	}

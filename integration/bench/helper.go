@@ -77,7 +77,7 @@ func (b *bench) helper(ctx context.Context) (err error) {
 			return took, unix.Unmount(target, 0)
 		}
 	}
-	r, err := interleave(b.scale.helperRounds,
+	r, err := interleave(ctx, b.scale.helperRounds,
 		contender{guestPull, mounting(throughFuse(program))},
 		contender{"mount", mounting(func() (float64, error) {
 			return timed(run("mount", "-t", "overlay", "-o", plain, "overlay", target))

@@ -37,8 +37,11 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/containerd/log"
@@ -79,7 +82,7 @@ var (
 		pullRounds:      7,
 		containerRounds: 60,
 		gcImages:        1000,
-		gcRounds:        5,
+		gcRounds:        2,
 		startRounds:     9,
 		settle:          2 * time.Second,
 		memoryLayers:    10_000, memoryContainers: 1000,
@@ -125,20 +128,25 @@ func main() {
 	}
 	isShort := flag.Bool("short", false, "measure little, to see that everything works")
 	out := flag.String("out", "", "the directory for results.md, results.json and pictures/; empty for none")
+	only := flag.String("only", "", "which measurements to make: some of helper,layers,growth,gc,daemons,pulls,containers")
 	flag.Parse()
-	if err := command(context.Background(), *isShort, *out); err != nil {
+	// Everything is cleaned up on Ctrl-C as well.
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := command(ctx, *isShort, *only, *out); err != nil {
+		stop()
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func command(ctx context.Context, isShort bool, out string) error {
+func command(ctx context.Context, isShort bool, only, out string) error {
 	s := full
 	if isShort {
 		s = short
 	}
 	r := newReport(os.Stderr, isShort)
-	if err := measure(ctx, r, s); err != nil {
+	if err := measure(ctx, r, s, only); err != nil {
 		return err
 	}
 	fmt.Println()
@@ -151,8 +159,8 @@ func command(ctx context.Context, isShort bool, out string) error {
 	return r.save(out)
 }
 
-// measure makes all measurements.
-func measure(ctx context.Context, r *report, s scale) (err error) {
+// measure makes measurements: those of a list of names, or all.
+func measure(ctx context.Context, r *report, s scale, only string) (err error) {
 	if err := log.SetLevel("error"); err != nil { // of containerd's packages
 		return err
 	}
@@ -167,31 +175,52 @@ func measure(ctx context.Context, r *report, s scale) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(b.dir)) }()
-
-	for _, m := range []func(context.Context) error{b.helper, b.layers, b.growth, b.gc} {
-		if err := m(ctx); err != nil {
-			return fmt.Errorf("%s: %w", b.section, err)
-		}
-	}
-
 	if b.reg, err = registry.Start(); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, b.reg.Close()) }()
-	if err := b.daemons(ctx); err != nil {
-		return fmt.Errorf("%s: %w", b.section, err)
-	}
-	if b.node, err = harness.Start(ctx, harness.Options{Registry: b.reg, Binaries: b.binaries.ours}); err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, b.node.Close()) }()
-	for _, m := range []func(context.Context) error{b.pulls, b.containers} {
-		if err := m(ctx); err != nil {
-			return fmt.Errorf("%s: %w\n%s", b.section, err, b.node.LogTail(10))
+
+	for _, m := range []struct {
+		name string
+		make func(context.Context) error
+	}{
+		{"layers", b.layers},
+		{"growth", b.growth},
+		{"pulls", b.onNode(b.pulls)},
+		{"containers", b.onNode(b.containers)},
+		{"gc", b.gc},
+		{"daemons", b.daemons},
+		{"helper", b.helper},
+	} {
+		if only != "" && !slices.Contains(strings.Split(only, ","), m.name) {
+			continue
+		}
+		if err := m.make(ctx); err != nil {
+			return fmt.Errorf("%s: %w", b.section, err)
 		}
 	}
 	return nil
 }
+
+// onNode gives a measurement a node.
+func (b *bench) onNode(measurement func(context.Context) error) func(context.Context) error {
+	return func(ctx context.Context) (err error) {
+		b.node, err = harness.Start(ctx, harness.Options{
+			Registry: b.reg, Binaries: b.binaries.ours, ExtraConfig: quiet,
+		})
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, b.node.Close()) }()
+		if err := measurement(ctx); err != nil {
+			return fmt.Errorf("%w\n%s", err, b.node.LogTail(10))
+		}
+		return nil
+	}
+}
+
+// quiet is containerd's default log level, which the tests' nodes do not have.
+const quiet = "[debug]\nlevel = \"info\"\n"
 
 // findBinaries finds them in the source tree. GUEST_PULL_CONTAINERD may name
 // another directory for this project's own, as for the tests.

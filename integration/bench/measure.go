@@ -17,7 +17,9 @@
 package main
 
 import (
+	"context"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"time"
 )
@@ -34,14 +36,18 @@ type contender struct {
 }
 
 // interleave lets the contenders take turns, so that whatever else the machine
-// does meets all of them. Each round begins with another one, because who comes
-// after a slow contender finds other caches. A first round warms up and is not
-// counted.
-func interleave(rounds int, contenders ...contender) (map[string]series, error) {
+// does meets all of them. Their order changes from round to round, by chance,
+// because one that has written much leaves work to the disk for whoever comes
+// next. A first round warms up and is not counted.
+func interleave(ctx context.Context, rounds int, contenders ...contender) (map[string]series, error) {
 	result := map[string]series{}
+	order := rand.New(rand.NewPCG(0, 0)) // the same in each run
 	for round := range rounds + 1 {
-		for i := range contenders {
-			c := contenders[(round+i)%len(contenders)]
+		for _, i := range order.Perm(len(contenders)) {
+			c := contenders[i]
+			if err := ctx.Err(); err != nil {
+				return nil, err
+			}
 			v, err := c.measure()
 			if err != nil {
 				return nil, fmt.Errorf("%s, round %d: %w", c.name, round, err)

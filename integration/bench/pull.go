@@ -73,7 +73,7 @@ func (b *bench) pulls(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		r, err := interleave(b.scale.pullRounds,
+		r, err := interleave(ctx, b.scale.pullRounds,
 			contender{guestPull, func() (float64, error) { return b.timePull(ctx, img, harness.Guest) }},
 			contender{overlayfs, func() (float64, error) { return b.timePull(ctx, img, harness.Runc) }},
 			contender{"http", func() (float64, error) { return timed(func() error { return fetch(ctx, b.reg.URL(), img) }) }},
