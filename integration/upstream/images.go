@@ -130,7 +130,10 @@ func pushImages(reg *registry.Registry) error {
 	if shell, err = withFiles(shell, applets, nil); err != nil {
 		return err
 	}
-	alpine, err := withFiles(shell, []entry{{name: "etc/os-release", mode: 0o644, data: "NAME=\"Alpine Linux\"\nID=alpine\n"}}, nil)
+	alpine, err := withFiles(shell, []entry{
+		{name: "etc/os-release", mode: 0o644, data: "NAME=\"Alpine Linux\"\nID=alpine\n"},
+		{name: "bin/sh", link: "/bin/busybox"}, // an absolute link, as the real one's
+	}, nil)
 	if err != nil {
 		return err
 	}
@@ -174,7 +177,7 @@ func pushImages(reg *registry.Registry) error {
 		"e2e-test-images/busybox:1.29-2":         shell,
 		"e2e-test-images/resource-consumer:1.10": shell,
 	} {
-		index, err := multiPlatform(img)
+		index, err := multiPlatform(name, img)
 		if err != nil {
 			return err
 		}
@@ -281,7 +284,7 @@ func withFiles(img v1.Image, files []entry, volumes []string) (v1.Image, error) 
 
 // multiPlatform makes an index of an image and of the same for platforms that
 // this machine is not, as the real ones are.
-func multiPlatform(img v1.Image) (v1.ImageIndex, error) {
+func multiPlatform(name string, img v1.Image) (v1.ImageIndex, error) {
 	index := mutate.IndexMediaType(empty.Index, types.OCIImageIndex)
 	for _, p := range []v1.Platform{
 		{OS: "linux", Architecture: "amd64"},
@@ -302,7 +305,7 @@ func multiPlatform(img v1.Image) (v1.ImageIndex, error) {
 		}
 		// Otherwise whoever has one has the layers of all.
 		if p.Architecture != runtime.GOARCH {
-			if one, err = withFiles(one, []entry{{name: "platform", mode: 0o644, data: p.String()}}, nil); err != nil {
+			if one, err = withFiles(one, []entry{{name: "platform", mode: 0o644, data: name + " for " + p.String()}}, nil); err != nil {
 				return nil, err
 			}
 		}
