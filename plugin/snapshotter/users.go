@@ -58,6 +58,10 @@ type LayerObserver interface {
 	// returned. An error fails the pull.
 	LayersPrepared(ctx context.Context, layers []ocispec.Descriptor, diffIDs []digest.Digest,
 		fetch func(context.Context, ocispec.Descriptor) (io.ReadCloser, error)) error
+	// NeedsLayers tells whether an image has to be pulled again before a
+	// container of it can be created: LayersPrepared was not called for it, or
+	// what came of it was lost.
+	NeedsLayers(ctx context.Context, chainID string) (bool, error)
 }
 
 var _ LayerObserver = (*snapshotter)(nil)
@@ -255,6 +259,17 @@ func (s *snapshotter) LayersPrepared(ctx context.Context, layers []ocispec.Descr
 	return s.users.read(ctx, layers, diffIDs, fetch)
 }
 
+// NeedsLayers tells that the users of an image were not read yet: the option was
+// set after the pull, or the store was lost. Without this, a container would have
+// other IDs than the ones before it, and nobody would notice.
+func (s *snapshotter) NeedsLayers(_ context.Context, chainID string) (bool, error) {
+	if s.users.known == nil {
+		return false, nil
+	}
+	found, err := s.users.known.has(chainID)
+	return !found, err
+}
+
 func (u *imageUsers) read(ctx context.Context, descs []ocispec.Descriptor, diffIDs []digest.Digest, fetch users.Fetch) error {
 	if u.known == nil || len(diffIDs) == 0 {
 		return nil
@@ -294,6 +309,9 @@ func (u *imageUsers) read(ctx context.Context, descs []ocispec.Descriptor, diffI
 		u.observe("unusable")
 		logger.WithError(err).Warn("the users and groups of a guest-pulled image are not known to the host: " +
 			"names do not work as its user, use numbers or list the names in the snapshotter's users")
+		if err := u.known.putUnusable(chain, err.Error()); err != nil {
+			return fmt.Errorf("keep that the users of the image with chain ID %s cannot be read: %w", chain, err)
+		}
 		return nil
 	case err != nil:
 		u.observe("failed")

@@ -283,8 +283,26 @@ func TestReadErrors(t *testing.T) {
 
 	encrypted := newTestImage(t, nil)
 	encrypted.layers[0].MediaType += "+encrypted"
+	needs := func() bool {
+		needs, err := s.(LayerObserver).NeedsLayers(t.Context(), encrypted.chain())
+		require.NoError(t, err)
+		return needs
+	}
+	require.True(t, needs())
 	require.NoError(t, pulled(t, s, encrypted))
-	assert.Equal(t, []string{"failed", "failed", "read", "known", "unusable"}, results)
+	require.False(t, needs(), "it would be pulled again for ever")
+	_, known, err := s.(*snapshotter).users.known.get(encrypted.chain())
+	require.NoError(t, err)
+	require.False(t, known)
+	// The same layers, stored in another way, can be read.
+	encrypted.layers[0].MediaType = ocispec.MediaTypeImageLayer
+	require.NoError(t, pulled(t, s, encrypted))
+	_, known, err = s.(*snapshotter).users.known.get(encrypted.chain())
+	require.NoError(t, err)
+	require.True(t, known)
+	require.NoError(t, s.Remove(t.Context(), encrypted.chain()))
+	require.True(t, needs())
+	assert.Equal(t, []string{"failed", "failed", "read", "known", "unusable", "read"}, results)
 
 	require.ErrorIs(t, s.(LayerObserver).LayersPrepared(t.Context(), img.layers, append(img.diffIDs, img.diffIDs...), img.fetch), errdefs.ErrInvalidArgument)
 	require.NoError(t, s.(LayerObserver).LayersPrepared(t.Context(), nil, nil, img.fetch))
@@ -304,6 +322,9 @@ func TestResolveUsersOff(t *testing.T) {
 	require.NoFileExists(t, filepath.Join(root, "users.db"))
 	require.NoError(t, pulled(t, s, img))
 	require.EqualValues(t, 1, img.fetched.Load())
+	needs, err := s.(LayerObserver).NeedsLayers(t.Context(), img.chain())
+	require.NoError(t, err)
+	require.False(t, needs)
 }
 
 // The store is a cache: a damaged one is no reason not to start.

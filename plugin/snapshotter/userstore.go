@@ -42,6 +42,7 @@ var (
 	bucketUsers = []byte("v1")
 	keyPasswd   = []byte("passwd")
 	keyGroup    = []byte("group")
+	keyUnusable = []byte("unusable") // why, and then nothing else
 )
 
 // openUserStore opens the store. One that cannot be read is replaced.
@@ -125,12 +126,34 @@ func (s *userStore) get(chain string) (files users.Files, known bool, err error)
 		if b = b.Bucket([]byte(chain)); b == nil {
 			return nil
 		}
-		known = true
+		if known = b.Get(keyUnusable) == nil; !known {
+			return nil
+		}
 		// Values are valid in the transaction only. A missing one stays nil.
 		files = users.Files{Passwd: bytes.Clone(b.Get(keyPasswd)), Group: bytes.Clone(b.Get(keyGroup))}
 		return nil
 	})
 	return files, known, err
+}
+
+// has tells whether an image was read, with whatever result.
+func (s *userStore) has(chain string) (found bool, err error) {
+	err = s.view(func(b *bolt.Bucket) error {
+		found = b.Bucket([]byte(chain)) != nil
+		return nil
+	})
+	return found, err
+}
+
+// putUnusable notes that an image was read in vain. Another attempt may be made.
+func (s *userStore) putUnusable(chain, why string) error {
+	return s.update(func(b *bolt.Bucket) error {
+		b, err := b.CreateBucketIfNotExists([]byte(chain))
+		if err != nil {
+			return err
+		}
+		return b.Put(keyUnusable, []byte(why))
+	})
 }
 
 func (s *userStore) put(chain string, files users.Files) error {
@@ -139,7 +162,7 @@ func (s *userStore) put(chain string, files users.Files) error {
 		if err != nil {
 			return err
 		}
-		for _, f := range []struct{ key, content []byte }{{keyPasswd, files.Passwd}, {keyGroup, files.Group}} {
+		for _, f := range []struct{ key, content []byte }{{keyPasswd, files.Passwd}, {keyGroup, files.Group}, {keyUnusable, nil}} {
 			if f.content == nil {
 				err = b.Delete(f.key)
 			} else {
@@ -156,7 +179,7 @@ func (s *userStore) put(chain string, files users.Files) error {
 // remove forgets an image. One that is not known is no error, and costs no
 // write.
 func (s *userStore) remove(chain string) error {
-	if _, known, err := s.get(chain); err != nil || !known {
+	if found, err := s.has(chain); err != nil || !found {
 		return err
 	}
 	return s.update(func(b *bolt.Bucket) error {
@@ -168,7 +191,7 @@ func (s *userStore) remove(chain string) error {
 	})
 }
 
-// chains lists the images that are known.
+// chains lists the images that were read.
 func (s *userStore) chains() (chains []string, err error) {
 	err = s.view(func(b *bolt.Bucket) error {
 		return b.ForEachBucket(func(k []byte) error {
