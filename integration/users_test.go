@@ -386,6 +386,45 @@ func TestUsersLiveAsLongAsTheirImage(t *testing.T) {
 	require.Equal(t, 1, layersRead(), "known although the image was gone")
 }
 
+// An image whose users are not known, as the option was set after it was pulled or
+// as the store was lost, is pulled again by kubelet's own retry. It does not run
+// with other IDs than before. One that has no users which can be read is not
+// pulled for ever.
+func TestUsersComeBack(t *testing.T) {
+	ctx := t.Context()
+	n, reg := newUsersNode(t, harness.Options{})
+	img := push(t, reg, images.Spec{Name: "app", User: "101", Passwd: somePasswd, Group: someGroup})
+	encrypted := push(t, reg, images.Spec{Name: "encrypted", User: "101", Encoding: images.Encrypted})
+	pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
+	const want = `{"uid":101,"gid":102,"additionalGids":[4,102,103]}`
+	create := func(pod *harness.Pod, ref, want string) {
+		t.Helper()
+		got, err := createdUser(t, n, pod, harness.ContainerSpec{Image: ref})
+		require.NoError(t, err)
+		require.JSONEq(t, want, got)
+	}
+	create(pod, img.Ref, want)
+	create(pod, encrypted.Ref, `{"uid":101,"gid":0,"additionalGids":[0]}`)
+	reg.Reset()
+	create(pod, img.Ref, want)
+	create(pod, encrypted.Ref, `{"uid":101,"gid":0,"additionalGids":[0]}`)
+	require.Empty(t, reg.Log().By(registry.Host), "pulled again although all is known")
+
+	require.NoError(t, n.Kill())
+	require.NoError(t, os.Remove(filepath.Join(n.SnapshotterRoot(harness.Snapshotter), "users.db")))
+	require.NoError(t, n.Up(ctx))
+	_, err := pod.CreateFrom(ctx, &runtimeapi.ContainerConfig{
+		Metadata: &runtimeapi.ContainerMetadata{Name: "impatient"},
+		Image:    &runtimeapi.ImageSpec{Image: img.Ref},
+		Linux:    &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{}},
+	})
+	require.ErrorContains(t, err, "has to be pulled again", "a client that did not look")
+	create(pod, img.Ref, want)
+	require.Equal(t, img.Layers, reg.Log().By(registry.Host).In("app").Of(registry.Layer).OK().References())
+	// The pause image has no exception.
+	create(runPod(t, n, harness.PodSpec{Handler: harness.Guest}), img.Ref, want)
+}
+
 // An administrator's list serves every image whose own users are not known, be it
 // encrypted, and needs neither the network nor a patch.
 func TestListedUsers(t *testing.T) {
