@@ -66,7 +66,7 @@ func (b *bench) daemons(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	b.compare("size of the binary", "stock containerd, same build flags", "B", series{ours}, series{stock}, addsAtMost("1 MiB", 1<<20))
+	b.compare("size of the binary", "stock containerd, same build flags", "B", series{ours}, series{stock}, addsAtMost("1 MB", 1e6))
 
 	proxyDir := filepath.Join(b.dir, "daemon")
 	startProxy := func() (*daemon, error) { return startDaemon(proxyDir) }
@@ -111,7 +111,7 @@ func (b *bench) daemons(ctx context.Context) (err error) {
 	}
 	b.compare("start of containerd, until it answers CRI", stockNode, "s", start[guestPull], start[stockNode], nil)
 	b.compare("start of containerd, until it answers CRI", proxyNode, "s", start[guestPull], start[proxyNode], nil)
-	b.compare("resident memory, idle", stockNode, "B", memory[guestPull], memory[stockNode], addsAtMost("1 MiB", 1<<20))
+	b.compare("resident memory, idle", stockNode, "B", memory[guestPull], memory[stockNode], addsAtMost("1 MB", 1e6))
 	b.compare("resident memory, idle", proxyNode, "B", memory[guestPull], memory[proxyNode], nil)
 
 	for _, n := range nodes {
@@ -125,7 +125,7 @@ func (b *bench) daemons(ctx context.Context) (err error) {
 		return err
 	}
 	what := fmt.Sprintf("resident memory, with %d layers and %d containers", b.scale.memoryLayers, b.scale.memoryContainers)
-	b.compare(what, stockNode+" with overlayfs", "B", memory[guestPull], memory[stockNode], addsAtMost("1 MiB", 1<<20))
+	b.compare(what, stockNode+" with overlayfs", "B", memory[guestPull], memory[stockNode], addsAtMost("1 MB", 1e6))
 	b.compare(what, proxyNode, "B", memory[guestPull], memory[proxyNode], nil)
 	return nil
 }

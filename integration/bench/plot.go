@@ -19,7 +19,9 @@ package main
 import (
 	"fmt"
 	"image/color"
+	"math"
 	"path/filepath"
+	"strconv"
 
 	"gonum.org/v1/plot"
 	"gonum.org/v1/plot/plotter"
@@ -47,10 +49,10 @@ const (
 
 var pictures = map[string]struct{ title, x, y string }{
 	growthPicture: {
-		"Preparing one image layer on a node that fills", "snapshots on the node", "time, as a multiple of that with 10 snapshots",
+		"Preparing one image layer on a node that fills", "snapshots on the node", "times as long as with 10",
 	},
 	pullPicture: {
-		"Pulling an image over CRI", "layers of the image", "time, as a multiple of fetching manifest and config",
+		"Pulling an image over CRI", "layers of the image", "times as long as a plain HTTP fetch",
 	},
 }
 
@@ -72,6 +74,7 @@ func (r *report) draw(dir string) error {
 		p.Y.Tick.Marker = ratioTicks
 		p.Y.Min, p.Y.Max = 0.5, 2
 		p.Legend.Top, p.Legend.Left = true, true
+		p.Legend.Padding, p.Legend.YOffs = vg.Points(2), vg.Points(-8)
 		p.Add(plotter.NewGrid())
 
 		var sizes []plot.Tick
@@ -98,10 +101,10 @@ var glyphs = []draw.GlyphDrawer{draw.CircleGlyph{}, draw.SquareGlyph{}, draw.Tri
 // ratioTicks marks 1, 2, 5, 10 and so on.
 var ratioTicks = plot.TickerFunc(func(low, high float64) []plot.Tick {
 	var ticks []plot.Tick
-	for decade := 0.1; decade <= high; decade *= 10 {
+	for decade := -1; math.Pow10(decade) <= high; decade++ {
 		for _, m := range []float64{1, 2, 5} {
-			if v := decade * m; v >= low*0.999 && v <= high*1.001 {
-				ticks = append(ticks, plot.Tick{Value: v, Label: fmt.Sprintf("%.3g", v)})
+			if v := m * math.Pow10(decade); v >= low*0.999 && v <= high*1.001 {
+				ticks = append(ticks, plot.Tick{Value: v, Label: strconv.FormatFloat(v, 'f', -1, 64)})
 			}
 		}
 	}

@@ -171,7 +171,7 @@ func inUnit(unit string) func(float64) string {
 		case "s":
 			return fmt.Sprintf("%+.2f ms", v*1e3)
 		case "B":
-			return fmt.Sprintf("%+.2f MiB", v/(1<<20))
+			return fmt.Sprintf("%+.2f MB", v/1e6)
 		}
 		return fmt.Sprintf("%+.4g %s", v, unit)
 	}
