@@ -159,10 +159,9 @@ type instance struct {
 // mountWithHelper). Pods start without them as long as it has no need to, so
 // they are no error.
 func missingHelpers(mountType string) (problems []string) {
+	// For a type "fuse.X" containerd runs mount.fuse, and never mount.fuse3.
 	if _, err := exec.LookPath("mount.fuse"); err != nil {
-		if _, err := exec.LookPath("mount.fuse3"); err != nil {
-			problems = append(problems, "mount.fuse is not in containerd's PATH: install the package fuse3")
-		}
+		problems = append(problems, "mount.fuse is not in containerd's PATH: install the package fuse3 (where that has mount.fuse3 only, link mount.fuse to it)")
 	}
 	helper := strings.TrimPrefix(mountType, "fuse.")
 	if _, err := exec.LookPath(helper); err != nil {

@@ -383,6 +383,9 @@ func TestFindings(t *testing.T) {
 		"image volumes": {func(n *node) { n.set("ignore_image_defined_volumes = true", "") },
 			[]wanted{{Warning, "image-volumes", []string{"VOLUME", "ignore_image_defined_volumes = true"}}}},
 
+		"users out of layers": {func(n *node) { n.set(`root_path = ""`, "root_path = \"\"\n  resolve_users = \"registry\"") },
+			[]wanted{{Info, "resolve-users", []string{"host's memory"}}}},
+
 		"mirror": {func(n *node) {
 			n.write("/etc/containerd/certs.d/docker.io/hosts.toml", "server = \"https://registry-1.docker.io\"\n[host.\"https://mirror.example\"]\ncapabilities = [\"pull\"]\n")
 		}, []wanted{{Warning, "mirrors", []string{"docker.io", "https://mirror.example", "registry_configuration_uri"}}}},

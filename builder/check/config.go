@@ -54,8 +54,9 @@ type ProxyPlugin struct {
 // Plugins are the sections of plugins.
 type Plugins struct {
 	Snapshotter struct {
-		RootPath  string `toml:"root_path"`
-		MountType string `toml:"mount_type"`
+		RootPath     string `toml:"root_path"`
+		MountType    string `toml:"mount_type"`
+		ResolveUsers string `toml:"resolve_users"`
 	} `toml:"io.containerd.snapshotter.v1.guest-pull"`
 	Runtime struct {
 		Containerd struct {

@@ -319,6 +319,11 @@ func (c *checker) checkTransfer() {
 }
 
 func (c *checker) checkImages() {
+	if c.Config.Plugins.Snapshotter.ResolveUsers == snapshotter.ResolveUsersRegistry {
+		c.add(Info, "resolve-users", fmt.Sprintf("resolve_users = %q in %s", snapshotter.ResolveUsersRegistry, section(PluginURI)),
+			"layers of guest-pulled images are streamed through the host's memory at each first pull, to find their users and groups; nothing of them is kept but those",
+			"if not even that may be on the host: resolve_users = \"off\", and name the users that images need in users, or use numbers")
+	}
 	if c.Config.Plugins.Images.DiscardUnpackedLayers {
 		c.add(Warning, "discard-unpacked-layers", "discard_unpacked_layers = true in "+section(imagesURI),
 			"the layers that runc pods pulled are dropped once unpacked, so another snapshotter has to pull the image again; and CRI pulls by itself, not through the transfer service. It saves nothing for guest-pulled images: their layers are never on the host",
