@@ -102,6 +102,26 @@ package: $(PACKAGE_TOOLS) ## build .deb, .rpm and .tar.gz for amd64 and arm64, S
 	cd $(DIST) && sha256sum * >SHA256SUMS
 .PHONY: package
 
+package-reproducible: $(PACKAGE_TOOLS) ## build the packages twice, in different directories, and compare them
+	builder/package/reproducible.sh ARCHES='$(ARCHES)' VERSION='$(VERSION)' REVISION='$(REVISION)' \
+		SOURCE_DATE_EPOCH='$(SOURCE_DATE_EPOCH)' PACKAGE_TOOLS='$(abspath $(PACKAGE_TOOLS))'
+.PHONY: package-reproducible
+
+# A Debian to install the packages in, with what the tests install in its cache.
+DEBIAN_ROOT := $(BUILD_DIR)/debian-bookworm
+
+$(DEBIAN_ROOT):
+	rm -rf $@.tmp
+	debootstrap --variant=minbase --include=systemd,ca-certificates bookworm $@.tmp http://deb.debian.org/debian >/dev/null
+	echo force-unsafe-io >$@.tmp/etc/dpkg/dpkg.cfg.d/unsafe-io
+	chroot $@.tmp sh -c 'apt-get update -qq && apt-get install -qq -y --download-only --no-install-recommends runc fuse3 containerd rpm >/dev/null'
+	mv $@.tmp $@
+
+test-packages: DEBIAN_PACKAGES += cpio debootstrap lintian rpm
+test-packages: deps package $(DEBIAN_ROOT) ## install, upgrade, remove and purge the packages in a Debian root, and check them with lintian
+	DIST='$(abspath $(DIST))' DEBIAN_ROOT='$(abspath $(DEBIAN_ROOT))' $(GO) test -tags packages -count=1 -timeout 1h ./builder/package/
+.PHONY: test-packages
+
 ## ---------------------------------------------------------------- try and test
 
 # What the demo and the tests run besides the binaries: runc, mount.fuse, a

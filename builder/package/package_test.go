@@ -1,0 +1,482 @@
+//go:build packages
+
+/*
+   Copyright The guest-pull Authors.
+
+   Licensed under the Apache License, Version 2.0 (the "License");
+   you may not use this file except in compliance with the License.
+   You may obtain a copy of the License at
+
+       http://www.apache.org/licenses/LICENSE-2.0
+
+   Unless required by applicable law or agreed to in writing, software
+   distributed under the License is distributed on an "AS IS" BASIS,
+   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+   See the License for the specific language governing permissions and
+   limitations under the License.
+*/
+
+// The tests install the packages of `make package` in a Debian root file system
+// and look at what a person would look at. `make test-packages` runs them; they
+// need root, Debian's archive, and the variables DIST (the packages) and
+// DEBIAN_ROOT (what debootstrap made, which is not changed).
+package packagetest
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+
+	"github.com/pelletier/go-toml/v2"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+const (
+	configFile = "/etc/containerd/config.toml"
+	dropIn     = "/etc/containerd/conf.d/50-guest-pull.toml"
+	pkg        = "containerd-guest-pull"
+	importLine = `imports = ["/etc/containerd/conf.d/*.toml"]`
+	handler    = `
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.kata-test]
+  runtime_type = "io.containerd.kata-test.v2"
+  snapshotter = "guest-pull"
+`
+)
+
+func variable(t *testing.T, name string) string {
+	t.Helper()
+	v := os.Getenv(name)
+	require.NotEmpty(t, v, "%s is not set; run make test-packages", name)
+	v, err := filepath.Abs(v)
+	require.NoError(t, err)
+	return v
+}
+
+// one returns the only file of the distribution that matches.
+func one(t *testing.T, pattern string) string {
+	t.Helper()
+	found, err := filepath.Glob(filepath.Join(variable(t, "DIST"), pattern))
+	require.NoError(t, err)
+	require.Len(t, found, 1, pattern)
+	return found[0]
+}
+
+func host(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	cmd := exec.Command(name, args...)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	require.NoError(t, err, "%s %s: %s", name, strings.Join(args, " "), stderr.String())
+	return string(out)
+}
+
+// root is a Debian of the test's own: an overlay on DEBIAN_ROOT.
+type root struct {
+	t   *testing.T
+	dir string
+}
+
+func newRoot(t *testing.T) *root {
+	t.Helper()
+	r := &root{t: t, dir: t.TempDir()}
+	for _, d := range []string{"upper", "work", "merged"} {
+		require.NoError(t, os.Mkdir(filepath.Join(r.dir, d), 0o755))
+	}
+	return r
+}
+
+// enter mounts everything in a mount namespace and runs everything in a PID
+// namespace, so that whatever happens nothing stays mounted or running.
+const enter = `
+set -e
+mount --make-rprivate /
+mount -t overlay overlay -o "lowerdir=$DEBIAN_ROOT,upperdir=$DIR/upper,workdir=$DIR/work" "$DIR/merged"
+cd "$DIR/merged"
+mount -t proc proc proc
+mount -t sysfs sysfs sys
+mount --rbind /sys/fs/cgroup sys/fs/cgroup
+mount --rbind /dev dev
+mount -t tmpfs tmpfs run
+mount -t tmpfs tmpfs tmp
+mkdir -p packages
+mount --bind "$DIST" packages
+cp /etc/resolv.conf etc/resolv.conf
+exec chroot . /usr/bin/env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+	HOME=/root DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -c "$SCRIPT" </dev/null
+`
+
+// try runs a script in the root. offline: without a network.
+func (r *root) try(script string, offline bool) (string, error) {
+	r.t.Helper()
+	args := []string{"--mount", "--pid", "--fork", "--kill-child"}
+	if offline {
+		args = append(args, "--net")
+	}
+	cmd := exec.Command("unshare", append(args, "sh", "-c", enter)...)
+	cmd.Env = append(os.Environ(), "DIR="+r.dir, "SCRIPT="+script,
+		"DIST="+variable(r.t, "DIST"), "DEBIAN_ROOT="+variable(r.t, "DEBIAN_ROOT"))
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
+func (r *root) run(script string) string {
+	r.t.Helper()
+	out, err := r.try("set -e\n"+script, false)
+	require.NoError(r.t, err, "%s\n%s", script, out)
+	return out
+}
+
+func (r *root) install() string {
+	r.t.Helper()
+	deb := filepath.Base(one(r.t, "*_"+runtime.GOARCH+".deb"))
+	return r.run("apt-get install -y --no-install-recommends /packages/" + deb)
+}
+
+// dump is the configuration in force.
+func (r *root) dump() map[string]any {
+	r.t.Helper()
+	var m map[string]any
+	// Warnings go to standard error.
+	require.NoError(r.t, toml.Unmarshal([]byte(r.run("containerd config dump 2>/dev/null")), &m))
+	return m
+}
+
+func lookup(m map[string]any, path ...string) any {
+	var v any = m
+	for _, p := range path {
+		m, _ = v.(map[string]any)
+		v = m[p]
+	}
+	return v
+}
+
+// handlers are the names of the runtime handlers in force, with the snapshotter.
+func (r *root) handlers() map[string]string {
+	r.t.Helper()
+	found := map[string]string{}
+	runtimes, _ := lookup(r.dump(), "plugins", "io.containerd.cri.v1.runtime", "containerd", "runtimes").(map[string]any)
+	for name, v := range runtimes {
+		found[name], _ = v.(map[string]any)["snapshotter"].(string)
+	}
+	return found
+}
+
+func (r *root) installed() string {
+	return r.run("dpkg-query -W -f '${Package} ${db:Status-Abbrev}\n' 'containerd*' 2>/dev/null | tr -s ' ' | sed 's/ $//' | grep -v ' un$' || true")
+}
+
+// What a person tries first on a node that never had containerd.
+func TestInstall(t *testing.T) {
+	r := newRoot(t)
+	out := r.install()
+	assert.NotContains(t, out, "does not import")
+
+	for program, want := range map[string]string{
+		"containerd --version":                         "+guest-pull.",
+		"ctr --version":                                "+guest-pull.",
+		"containerd-shim-runc-v2 -v":                   "+guest-pull.",
+		"guest-pull-overlayfs --version":               "guest-pull-overlayfs ",
+		"nydus-overlayfs-guest-pull --version":         "guest-pull-overlayfs ",
+		"containerd guest-pull version":                "patches:",
+		"readlink /usr/bin/nydus-overlayfs-guest-pull": "guest-pull-overlayfs\n",
+		"command -v runc mount.fuse":                   "runc\n",
+		"systemctl is-enabled containerd":              "enabled",
+		"dpkg --verify " + pkg + " && echo good":       "good\n",
+	} {
+		assert.Contains(t, r.run(program), want, program)
+	}
+	// A warning about the unit is output, too.
+	assert.Empty(t, r.run("systemd-analyze verify --man=no --recursive-errors=no /lib/systemd/system/containerd.service 2>&1 | grep -F containerd || true"))
+
+	for _, page := range []string{"man5/containerd-config.toml.5", "man8/containerd.8", "man8/containerd-config.8", "man8/ctr.8", "man8/guest-pull-overlayfs.8", "man8/nydus-overlayfs-guest-pull.8"} {
+		assert.Contains(t, r.run("zcat /usr/share/man/"+page+".gz"), ".SH NAME", page)
+	}
+	// The completion has to work with the ctr that it is for.
+	assert.Contains(t, r.run(`bash -c '. /usr/share/bash-completion/completions/ctr; complete -p ctr'`), "ctr")
+	assert.Contains(t, r.run("ctr images --generate-shell-completion"), "pull")
+
+	t.Run("conf.d is read", func(t *testing.T) {
+		assert.Equal(t, "fuse.nydus-overlayfs-guest-pull",
+			lookup(r.dump(), "plugins", "io.containerd.snapshotter.v1.guest-pull", "mount_type"))
+		assert.NotContains(t, r.handlers(), "kata-test")
+		r.run("cat >>" + dropIn + " <<'END'" + handler + "END")
+		assert.Equal(t, map[string]string{"runc": "", "kata-test": "guest-pull"}, r.handlers())
+	})
+
+	t.Run("the daemon runs, with the plugin and without a network", func(t *testing.T) {
+		out, err := r.try(`
+set -e
+ip link set lo up 2>/dev/null || true
+containerd >/tmp/log 2>&1 &
+pid=$!
+n=0
+until ctr version >/dev/null 2>&1; do
+	n=$((n + 1)); [ $n -lt 120 ] || { cat /tmp/log; exit 1; }
+	kill -0 $pid || { cat /tmp/log; exit 1; }
+	sleep 0.5
+done
+ctr plugins ls id==guest-pull
+ctr plugins ls id==cri
+echo images: $(ctr -n k8s.io images ls -q)
+kill -TERM $pid
+wait $pid
+echo "exit: $?"
+`, true)
+		require.NoError(t, err, out)
+		assert.Regexp(t, `io.containerd.snapshotter.v1\s+guest-pull\s+linux/\S+\s+ok`, out)
+		assert.Regexp(t, `io.containerd.grpc.v1\s+cri\s+\S+\s+ok`, out)
+		assert.Contains(t, out, "images:\n")
+		assert.Contains(t, out, "exit: 0")
+	})
+
+	t.Run("an edited drop-in survives an upgrade without a question", func(t *testing.T) {
+		deb := filepath.Base(one(t, "*_"+runtime.GOARCH+".deb"))
+		// The same package with another drop-in and a higher version.
+		r.run(`
+dpkg-deb -R /packages/` + deb + ` /root/next
+sed -i 's/^Version: .*/Version: 99-1/' /root/next/DEBIAN/control
+echo '# a comment of a later version' >>/root/next` + dropIn + `
+dpkg-deb --build -Znone /root/next /root/next.deb >/dev/null
+echo '# a comment of mine' >>` + configFile)
+		// dpkg asks which version of the drop-in to take when both have changed, and
+		// keeps the node's when told so, as unattended installations are.
+		r.run("apt-get install -y -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold /root/next.deb")
+		assert.Contains(t, r.installed(), pkg+" ii")
+		assert.Contains(t, r.run("cat "+dropIn), "kata-test")
+		assert.NotContains(t, r.run("cat "+dropIn), "a later version")
+		assert.Contains(t, r.run("cat "+configFile), "a comment of mine")
+	})
+
+	t.Run("removal keeps what was edited, purge leaves nothing", func(t *testing.T) {
+		r.run("apt-get remove -y " + pkg)
+		assert.Contains(t, r.run("cat "+configFile), "a comment of mine")
+		assert.Contains(t, r.run("cat "+dropIn), "kata-test")
+		assert.Empty(t, r.run("ls -d /usr/bin/containerd* /usr/bin/ctr /usr/bin/*guest-pull* /lib/systemd/system/containerd.service 2>/dev/null || true"))
+
+		r.run("apt-get purge -y " + pkg)
+		assert.Empty(t, r.run("find / -xdev -path /proc -prune -o \\( -path '*containerd*' -o -path '*guest-pull*' \\) -not -path '/packages*' -not -path '/var/lib/containerd*' -not -path '/root/*' -not -path '/opt/containerd*' -not -path '/var/lib/apt/*' -print"))
+		assert.NotContains(t, r.installed(), pkg)
+	})
+}
+
+// Debian's containerd leaves its config.toml, without imports, in a package that
+// is removed but not purged. Purging it deletes the file and disables the unit,
+// although both belong to the package that is installed by now.
+func TestReplaceDebiansContainerd(t *testing.T) {
+	r := newRoot(t)
+	r.run("apt-get install -y -qq --no-install-recommends containerd && echo '# a comment of mine' >>" + configFile)
+	before := r.run("cat " + configFile)
+
+	out := r.install()
+	assert.Equal(t, "containerd rc\n"+pkg+" ii\n", r.installed())
+	assert.Equal(t, before, r.run("cat "+configFile))
+	assert.Contains(t, out, importLine, "the remedy")
+	assert.Contains(t, r.run("containerd --version"), "+guest-pull.")
+	assert.Contains(t, r.run("systemctl is-enabled containerd"), "enabled")
+	assert.Equal(t, []any{"/usr/lib/cni"}, lookup(r.dump(), "plugins", "io.containerd.cri.v1.runtime", "cni", "bin_dirs"),
+		"Debian's configuration, of version 2, is in force")
+
+	// The remedy works, where it says.
+	r.run("cat >>" + dropIn + " <<'END'" + handler + "END")
+	assert.NotContains(t, r.handlers(), "kata-test")
+	r.run("sed -i '1i " + importLine + "' " + configFile)
+	assert.Equal(t, map[string]string{"runc": "", "kata-test": "guest-pull"}, r.handlers())
+	deb := filepath.Base(one(t, "*_"+runtime.GOARCH+".deb"))
+	assert.NotContains(t, r.run("dpkg -i /packages/"+deb), "does not import")
+	before = r.run("cat " + configFile)
+
+	t.Run("purging Debian's leaves the node as it is", func(t *testing.T) {
+		r.run("apt-get purge -y containerd")
+		assert.Equal(t, pkg+" ii\n", r.installed())
+		assert.Equal(t, before, r.run("cat "+configFile))
+		assert.Contains(t, r.run("systemctl is-enabled containerd"), "enabled")
+		assert.Contains(t, r.handlers(), "kata-test")
+	})
+
+	t.Run("purge after that leaves nothing", func(t *testing.T) {
+		r.run("apt-get purge -y " + pkg)
+		assert.Empty(t, r.run("ls -d /etc/containerd /var/lib/containerd-guest-pull 2>/dev/null || true"))
+	})
+}
+
+// dpkg by itself, without apt, removes a conflicting package only after it has
+// unpacked the new one: a file that both have, under two names of one directory,
+// would go with it.
+func TestReplaceWithDpkgAlone(t *testing.T) {
+	r := newRoot(t)
+	r.run("apt-get install -y -qq --no-install-recommends containerd fuse3")
+	deb := filepath.Base(one(t, "*_"+runtime.GOARCH+".deb"))
+	r.run("dpkg -i --auto-deconfigure -B /packages/" + deb)
+	assert.Equal(t, "containerd rc\n"+pkg+" ii\n", r.installed())
+	assert.Contains(t, r.run("containerd --version"), "+guest-pull.")
+	assert.Contains(t, r.run("dpkg --verify "+pkg+" && echo good"), "good")
+	assert.Contains(t, r.run("systemctl is-enabled containerd"), "enabled")
+}
+
+// Back to Debian's containerd. Nothing of ours may make dpkg ask, and the later
+// purge must not hit what is Debian's by then.
+func TestBackToDebiansContainerd(t *testing.T) {
+	r := newRoot(t)
+	r.install()
+	r.run("apt-get install -y -qq --no-install-recommends containerd")
+	assert.Equal(t, "containerd ii\n"+pkg+" rc\n", r.installed())
+	assert.NotContains(t, r.run("containerd --version"), "guest-pull")
+	assert.Contains(t, r.run("cat "+configFile), "/usr/lib/cni", "Debian's own configuration")
+
+	r.run("apt-get purge -y " + pkg)
+	assert.Contains(t, r.run("cat "+configFile), "/usr/lib/cni")
+	assert.Contains(t, r.run("systemctl is-enabled containerd"), "enabled")
+	assert.Contains(t, r.run("dpkg --verify containerd && echo good"), "good")
+	assert.Empty(t, r.run("ls -d /etc/containerd/conf.d 2>/dev/null || true"))
+}
+
+// A package that depends on some version of containerd has to stay installed.
+func TestDependencies(t *testing.T) {
+	r := newRoot(t)
+	r.run("apt-get install -y -qq --no-install-recommends containerd")
+	r.run(`
+for p in "docker.io containerd (>= 1.4~)" "docker-ce containerd.io (>= 1.7.27)"; do
+	set -- $p
+	name=$1; shift
+	mkdir -p /root/$name/DEBIAN
+	printf 'Package: test-%s\nVersion: 1\nArchitecture: all\nMaintainer: test <test@test.invalid>\nDescription: test\nDepends: %s\n' \
+		$name "$*" >/root/$name/DEBIAN/control
+	dpkg-deb --build /root/$name >/dev/null
+done
+apt-get install -y /root/docker.io.deb`)
+	r.install()
+	r.run("apt-get install -y /root/docker-ce.deb")
+	assert.Equal(t, "test-docker-ce ii\ntest-docker.io ii\n",
+		r.run("dpkg-query -W -f '${Package} ${db:Status-Abbrev}\n' 'test-*' | tr -s ' ' | sed 's/ $//'"))
+}
+
+// Errors of lintian are errors of the package; its warnings are shown.
+func TestLintian(t *testing.T) {
+	for _, arch := range []string{"amd64", "arm64"} {
+		out, err := exec.Command("lintian", "--allow-root", "--fail-on", "error", one(t, "*_"+arch+".deb")).CombinedOutput()
+		t.Logf("%s:\n%s", arch, out)
+		assert.NoError(t, err, arch)
+	}
+}
+
+func TestRPM(t *testing.T) {
+	for arch, rpmArch := range map[string]string{"amd64": "x86_64", "arm64": "aarch64"} {
+		rpm := one(t, "*."+rpmArch+".rpm")
+		query := func(args ...string) []string {
+			return strings.Split(strings.TrimSpace(host(t, "rpm", append([]string{"-qp"}, append(args, rpm)...)...)), "\n")
+		}
+		assert.Equal(t, []string{rpmArch}, query("--qf", "%{ARCH}\n"))
+		assert.Subset(t, query("--requires"), []string{"runc", "fuse3"})
+		assert.Subset(t, query("--conflicts"), []string{"containerd", "containerd.io"})
+		assert.Subset(t, query("--obsoletes"), []string{"containerd", "containerd.io"})
+		assert.Equal(t, []string{dropIn, configFile}, query("-c"))
+		assert.Subset(t, query("-l"), []string{
+			"/usr/bin/containerd", "/usr/bin/ctr", "/usr/bin/containerd-shim-runc-v2",
+			"/usr/bin/guest-pull-overlayfs", "/usr/bin/nydus-overlayfs-guest-pull",
+			"/usr/lib/systemd/system/containerd.service",
+		})
+		// Both packages hold the same programs.
+		dir := t.TempDir()
+		host(t, "sh", "-c", fmt.Sprintf("cd %s && mkdir rpm deb && (cd rpm && rpm2cpio %s | cpio -idm --quiet) && dpkg-deb -x %s deb",
+			dir, rpm, one(t, "*_"+arch+".deb")))
+		host(t, "diff", "-r", filepath.Join(dir, "rpm/usr/bin"), filepath.Join(dir, "deb/usr/bin"))
+	}
+}
+
+// rpm's own database and scriptlets, in a Debian root for want of another one.
+// Dependencies cannot be resolved there.
+func TestRPMInstall(t *testing.T) {
+	r := newRoot(t)
+	rpm := filepath.Base(one(t, "*."+map[string]string{"amd64": "x86_64", "arm64": "aarch64"}[runtime.GOARCH]+".rpm"))
+	r.run("apt-get install -y -qq --no-install-recommends rpm")
+
+	out := r.run("rpm -i --nodeps /packages/" + rpm)
+	assert.NotContains(t, out, "does not import")
+	assert.Contains(t, r.run("containerd --version"), "+guest-pull.")
+	r.run("cat >>" + dropIn + " <<'END'" + handler + "END")
+	assert.Contains(t, r.handlers(), "kata-test")
+
+	// A configuration that was there first stays; ours goes next to it.
+	r.run("rpm -e " + pkg + " && rm -f /etc/containerd/*.rpmsave && echo 'version = 3' >" + configFile)
+	out = r.run("rpm -i --nodeps /packages/" + rpm)
+	assert.Contains(t, out, importLine, "the remedy")
+	assert.Equal(t, "version = 3\n", r.run("cat "+configFile))
+	assert.Contains(t, r.run("cat "+configFile+".rpmnew"), importLine)
+
+	r.run("rpm -e " + pkg)
+	assert.Empty(t, r.run("ls -d /usr/bin/containerd* /usr/bin/*guest-pull* 2>/dev/null || true"))
+}
+
+// The archive works where it is unpacked, unit and all.
+func TestArchive(t *testing.T) {
+	r := newRoot(t)
+	r.run("tar -C /usr/local -xzf /packages/" + filepath.Base(one(t, "*-linux-"+runtime.GOARCH+".tar.gz")))
+	assert.Contains(t, r.run("containerd --version"), "+guest-pull.")
+	assert.Contains(t, r.run("nydus-overlayfs-guest-pull --version"), "guest-pull-overlayfs ")
+	assert.Contains(t, r.run("systemctl cat --root=/ containerd 2>/dev/null || cat /usr/local/lib/systemd/system/containerd.service"), "ExecStart=/usr/local/bin/containerd\n")
+	assert.Empty(t, r.run("systemd-analyze verify --man=no --recursive-errors=no /usr/local/lib/systemd/system/containerd.service 2>&1 | grep -F containerd || true"))
+}
+
+// SHA256SUMS covers every other file, and no more.
+func TestChecksums(t *testing.T) {
+	dist := variable(t, "DIST")
+	entries, err := os.ReadDir(dist)
+	require.NoError(t, err)
+	want := map[string]string{}
+	for _, e := range entries {
+		if e.Name() == "SHA256SUMS" {
+			continue
+		}
+		b, err := os.ReadFile(filepath.Join(dist, e.Name()))
+		require.NoError(t, err)
+		sum := sha256.Sum256(b)
+		want[e.Name()] = hex.EncodeToString(sum[:])
+	}
+	b, err := os.ReadFile(filepath.Join(dist, "SHA256SUMS"))
+	require.NoError(t, err)
+	got := map[string]string{}
+	for line := range strings.Lines(string(b)) {
+		f := strings.Fields(line)
+		require.Len(t, f, 2)
+		got[f[1]] = f[0]
+	}
+	assert.Equal(t, want, got)
+	assert.Len(t, want, 2*(3+4))
+}
+
+// The bill of materials of a program lists what is linked into it, at the version
+// that is linked, and nothing of it depends on when and where it was made.
+func TestSBOM(t *testing.T) {
+	for _, arch := range []string{"amd64", "arm64"} {
+		for _, program := range []string{"containerd", "ctr", "containerd-shim-runc-v2", "guest-pull-overlayfs"} {
+			b, err := os.ReadFile(one(t, "*-linux-"+arch+"."+program+".cdx.json"))
+			require.NoError(t, err)
+			var bom struct {
+				BOMFormat  string
+				Components []struct{ Name, Version, PURL string }
+			}
+			require.NoError(t, json.Unmarshal(b, &bom))
+			assert.Equal(t, "CycloneDX", bom.BOMFormat)
+			components := map[string]string{}
+			for _, c := range bom.Components {
+				components[c.Name] = c.Version
+			}
+			assert.Contains(t, components, "std")
+			if program != "guest-pull-overlayfs" {
+				assert.Contains(t, components, "github.com/containerd/ttrpc")
+				assert.NotContains(t, components, "github.com/stretchr/testify", "is in no program")
+			}
+			assert.NotContains(t, string(b), variable(t, "DIST"))
+		}
+	}
+}
