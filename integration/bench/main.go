@@ -141,6 +141,9 @@ func main() {
 }
 
 func command(ctx context.Context, isShort bool, only, out string) error {
+	if only != "" && out != "" {
+		return errors.New("-out would replace the results of all measurements; leave out -only")
+	}
 	s := full
 	if isShort {
 		s = short
@@ -168,7 +171,7 @@ func measure(ctx context.Context, r *report, s scale, only string) (err error) {
 	if b.binaries, err = findBinaries(); err != nil {
 		return err
 	}
-	if r.Versions, err = b.binaries.versions(ctx); err != nil {
+	if r.Versions, r.Patches, err = b.binaries.versions(ctx); err != nil {
 		return err
 	}
 	if b.dir, err = os.MkdirTemp("", "gpb-"); err != nil {
@@ -253,17 +256,15 @@ func findBinaries() (binaries, error) {
 	return b, nil
 }
 
-// versions says what is compared: containerd's version, and the patches.
-func (b binaries) versions(ctx context.Context) ([]string, error) {
+// versions says what is compared: the versions, and the patches.
+func (b binaries) versions(ctx context.Context) (versions, patches []string, err error) {
 	out, err := exec.CommandContext(ctx, filepath.Join(b.ours, "containerd"), "guest-pull", "version").Output()
 	if err != nil {
-		return nil, fmt.Errorf("ask %s for its version: %w", b.ours, err)
+		return nil, nil, fmt.Errorf("ask %s for its version: %w", b.ours, err)
 	}
-	var lines []string
-	for line := range strings.Lines(string(out)) {
-		if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "patches:") {
-			lines = append(lines, line)
-		}
+	before, after, _ := strings.Cut(string(out), "patches:")
+	for line := range strings.Lines(before) {
+		versions = append(versions, strings.TrimSpace(line))
 	}
-	return lines, nil
+	return versions, strings.Fields(after), nil
 }

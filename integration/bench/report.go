@@ -93,6 +93,7 @@ type report struct {
 	Date     time.Time `json:"date"`
 	Machine  string    `json:"machine"`
 	Versions []string  `json:"versions"`
+	Patches  []string  `json:"patches"`
 	Short    bool      `json:"short"`
 	Rows     []row     `json:"rows"`
 	Curves   []curve   `json:"curves"`
@@ -113,6 +114,10 @@ func machine() string {
 		kernel = "Linux " + unix.ByteSliceToString(u.Release[:])
 	}
 	return fmt.Sprintf("%s, %s, %d CPUs", kernel, runtime.GOARCH, runtime.NumCPU())
+}
+
+func (r *report) about() string {
+	return fmt.Sprintf("%s; %s; %d patches", r.Machine, strings.Join(r.Versions, ", "), len(r.Patches))
 }
 
 func (r *report) begin(section string) {
@@ -205,7 +210,7 @@ var header = []string{"what", "against", "ratio", "quartiles", "rounds", "promis
 // writeTable prints the rows for a terminal.
 func (r *report) writeTable(w io.Writer) error {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(tw, "%s, containerd %s\n", r.Machine, strings.Join(r.Versions, ", "))
+	fmt.Fprintln(tw, r.about())
 	section := ""
 	fmt.Fprintln(tw, strings.Join(header, "\t"))
 	for _, row := range r.Rows {
@@ -221,8 +226,8 @@ func (r *report) writeTable(w io.Writer) error {
 // writeMarkdown is the table for a page.
 func (r *report) writeMarkdown(w io.Writer) error {
 	var b strings.Builder
-	fmt.Fprintf(&b, "# Benchmarks\n\nMade by `make bench` on %s: %s; containerd %s.\n\n",
-		r.Date.Format(time.DateOnly), r.Machine, strings.Join(r.Versions, ", "))
+	fmt.Fprintf(&b, "# Benchmarks\n\nMade by `make bench` on %s. %s.\n\n",
+		r.Date.Format(time.DateOnly), r.about())
 	b.WriteString("A ratio is this project's figure over the peer's, both measured in turns in the same\n" +
 		"run: below 1 is less time, memory or space than the peer. It is the median of the rounds,\n" +
 		"with the quartiles beside it. `results.json` has every figure.\n\n")
