@@ -121,6 +121,7 @@ func TestDefaultConfig(t *testing.T) {
 		"mount_type":    "fuse.nydus-overlayfs-guest-pull",
 		"sync_remove":   false,
 		"mount_options": []any{},
+		"resolve_users": "off",
 	}, plugins["io.containerd.snapshotter.v1.guest-pull"])
 	delete(plugins, "io.containerd.snapshotter.v1.guest-pull")
 
