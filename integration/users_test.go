@@ -55,18 +55,19 @@ func etcDir() images.File { return images.File{Name: "etc", Mode: fs.ModeDir | 0
 // userImages are images that differ in where their users come from, and in how
 // they name the one that they run as.
 func userImages() []images.Spec {
-	big := somePasswd
-	for i := 10_000; len(big) < 2<<20; i++ {
-		big += fmt.Sprintf("user%d:x:%d:%d:made up:/home/%d:/bin/sh\n", i, i, i, i)
+	var big strings.Builder
+	big.WriteString(somePasswd)
+	for i := 10_000; big.Len() < 2<<20; i++ {
+		fmt.Fprintf(&big, "user%d:x:%d:%d:made up:/home/%d:/bin/sh\n", i, i, i, i)
 	}
-	big += "last:x:4711:4712::/:\n"
+	big.WriteString("last:x:4711:4712::/:\n")
 
 	specs := []images.Spec{
 		{Name: "none-root", NoUsers: true},
 		{Name: "none-uid", NoUsers: true, User: "101"},
 		{Name: "none-name", NoUsers: true, User: "nginx"},
 		{Name: "none-uid-group", NoUsers: true, User: "101:www"},
-		{Name: "two-megabytes", Passwd: big, Group: someGroup, User: "last"},
+		{Name: "two-megabytes", Passwd: big.String(), Group: someGroup, User: "last"},
 		{Name: "unknown-name", User: "nginx"},
 
 		{Name: "later-layer", User: "nginx", Top: [][]images.File{text("etc/passwd", somePasswd, "etc/group", someGroup)}},
@@ -139,7 +140,7 @@ func createdUser(t *testing.T, n *harness.Node, pod *harness.Pod, s harness.Cont
 // crictl's. kubelet drops the group of an image's user.
 func createdUserOfImage(t *testing.T, n *harness.Node, pod *harness.Pod, ref string) (string, error) {
 	t.Helper()
-	c, err := pod.Create(t.Context(), harness.ContainerSpec{Image: ref, RunAsUser: id(1), RunAsGroup: id(1)})
+	c, err := pod.Create(t.Context(), harness.ContainerSpec{Image: ref, RunAsUser: new(int64(1)), RunAsGroup: new(int64(1))})
 	require.NoError(t, err)
 	require.NoError(t, c.Remove(t.Context()))
 	security := c.Config.GetLinux().GetSecurityContext()
@@ -175,8 +176,6 @@ func newUsersNode(t *testing.T, o harness.Options) (*harness.Node, *registry.Reg
 	return n, o.Registry
 }
 
-func id(n int64) *int64 { return &n }
-
 // With resolve_users a container in a guest is the user that it is under runc
 // with overlayfs on the same containerd, byte for byte in the spec, and one that
 // cannot be created there cannot be created here, and is told what to do: no name
@@ -201,9 +200,9 @@ func TestUsersAreThoseOfRunc(t *testing.T) {
 					cases := map[string]harness.ContainerSpec{
 						"image's user":           {Image: img.Ref},
 						"no user in the request": {Image: img.Ref},
-						"runAsUser":              {Image: img.Ref, RunAsUser: id(101)},
-						"runAsGroup":             {Image: img.Ref, RunAsUser: id(101), RunAsGroup: id(9)},
-						"root":                   {Image: img.Ref, RunAsUser: id(0)},
+						"runAsUser":              {Image: img.Ref, RunAsUser: new(int64(101))},
+						"runAsGroup":             {Image: img.Ref, RunAsUser: new(int64(101)), RunAsGroup: new(int64(9))},
+						"root":                   {Image: img.Ref, RunAsUser: new(int64(0))},
 					}
 					create := func(pod *harness.Pod, name string, c harness.ContainerSpec) (string, error) {
 						if name == "no user in the request" {
@@ -254,7 +253,7 @@ func TestUnusableUsers(t *testing.T) {
 			require.ErrorContains(t, err, "securityContext:\n  runAsUser: <UID of \"nginx\" in the image>")
 			require.ErrorContains(t, err, img.Ref)
 			// The remedy is one.
-			user, err := createdUser(t, n, pod, harness.ContainerSpec{Image: img.Ref, RunAsUser: id(101), RunAsGroup: id(102)})
+			user, err := createdUser(t, n, pod, harness.ContainerSpec{Image: img.Ref, RunAsUser: new(int64(101)), RunAsGroup: new(int64(102))})
 			require.NoError(t, err)
 			require.JSONEq(t, `{"uid":101,"gid":102,"additionalGids":[102]}`, user)
 		})
@@ -271,9 +270,7 @@ func usersOnDisk(t *testing.T, n *harness.Node) (files []string) {
 			return err
 		}
 		rel, err := filepath.Rel(root, path)
-		switch {
-		case rel == "metadata.db", rel == "users.db":
-		default:
+		if rel != "metadata.db" && rel != "users.db" {
 			files = append(files, rel)
 		}
 		return err
