@@ -109,7 +109,7 @@ func New(ctx context.Context, root string, config Config) (snapshots.Snapshotter
 		return nil, errors.Join(err, ms.Close())
 	}
 	if err := s.open(ctx); err != nil {
-		s.users.close() // the other error says more
+		err = errors.Join(err, s.users.close())
 		if errors.Is(err, berrors.ErrTimeout) {
 			return nil, fmt.Errorf("open %s: another process has it open; stop the older snapshotter daemon, or give root_path a directory of its own: %w", db, err)
 		}

@@ -69,7 +69,7 @@ func (r *reader) read(ctx context.Context, l *layerView) error {
 	if raw.err == nil {
 		// Compressed data can be followed by more. And as long as it is not
 		// certain that this is the layer, nothing in it is the image's fault.
-		io.Copy(io.Discard, raw) // keeps the error
+		_, _ = io.Copy(io.Discard, raw) // raw keeps the error
 	}
 	if raw.err != nil {
 		return raw.err

@@ -25,18 +25,16 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func gid(n int64) *int64 { return &n }
-
 func TestStatic(t *testing.T) {
 	files, err := Static(
 		map[string]string{"nginx": "101:102", "app": "1000"},
-		map[string]Group{"adm": {GID: gid(4), Members: []string{"nginx", "root"}}, "nginx": {GID: gid(102)}},
+		map[string]Group{"adm": {GID: new(int64(4)), Members: []string{"nginx", "root"}}, "nginx": {GID: new(int64(102))}},
 	)
 	require.NoError(t, err)
 	assert.Equal(t, "root:x:0:0::/:\napp:x:1000:0::/:\nnginx:x:101:102::/:\n", string(files.Passwd))
 	assert.Equal(t, "root:x:0:\nadm:x:4:nginx,root\nnginx:x:102:\n", string(files.Group))
 
-	files, err = Static(map[string]string{"root": "0:5"}, map[string]Group{"root": {GID: gid(5)}})
+	files, err = Static(map[string]string{"root": "0:5"}, map[string]Group{"root": {GID: new(int64(5))}})
 	require.NoError(t, err)
 	assert.Equal(t, "root:x:0:5::/:\n", string(files.Passwd), "root as configured, and once")
 	assert.Equal(t, "root:x:5:\n", string(files.Group))
@@ -66,10 +64,10 @@ func TestStaticRefuses(t *testing.T) {
 	}
 	_, err := Static(users, map[string]Group{
 		"nogid":   {},
-		"neg":     {GID: gid(-1)},
-		"big":     {GID: gid(1 << 31)},
-		"members": {GID: gid(1), Members: []string{"ok", "root", "stranger"}},
-		"7":       {GID: gid(1)},
+		"neg":     {GID: new(int64(-1))},
+		"big":     {GID: new(int64(1 << 31))},
+		"members": {GID: new(int64(1)), Members: []string{"ok", "root", "stranger"}},
+		"7":       {GID: new(int64(1))},
 	})
 	require.Truef(t, errdefs.IsInvalidArgument(err), "%v", err)
 	for name, why := range bad {
