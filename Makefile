@@ -158,7 +158,7 @@ lint: $(GOLANGCI_LINT) ## run golangci-lint on every module
 .PHONY: lint
 
 unit: deps ## run the unit and conformance tests, with the race detector
-	$(GO) test -race ./plugin/volume/... ./overlayhelper/... ./builder/...
+	$(GO) test -race ./plugin/volume/... ./plugin/metrics/... ./overlayhelper/... ./builder/...
 	$(GO) test -race ./plugin/ ./plugin/users/ ./plugin/snapshotter/... -args -test.root
 .PHONY: unit
 
