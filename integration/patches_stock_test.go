@@ -43,11 +43,13 @@ const unpatchedEnv = "GUEST_PULL_UNPATCHED"
 func eachContainerd(t *testing.T, test func(t *testing.T, binaries string)) {
 	t.Helper()
 	t.Run("patched", func(t *testing.T) {
+		t.Parallel() // Most of the time is waiting.
 		dir, err := harness.Binaries()
 		require.NoError(t, err)
 		test(t, dir)
 	})
 	t.Run("stock", func(t *testing.T) {
+		t.Parallel()
 		dir := os.Getenv(unpatchedEnv)
 		if dir == "" {
 			dir = filepath.Join("..", ".build", "bench", "unpatched")
