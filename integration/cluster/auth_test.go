@@ -17,6 +17,7 @@ package cluster_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/base64"
 	"encoding/json"
 	"io/fs"
@@ -24,6 +25,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -138,7 +140,7 @@ func pullSecret(t *testing.T, name, user, password string, registries ...*regist
 		Type:       corev1.SecretTypeDockerConfigJson,
 		Data:       map[string][]byte{corev1.DockerConfigJsonKey: text},
 	}))
-	t.Cleanup(func() { require.NoError(t, control.API.DeleteSecret(t.Context(), name)) })
+	t.Cleanup(func() { assert.NoError(t, control.API.DeleteSecret(context.Background(), name)) })
 }
 
 // requireNoSecret looks for the passwords, plain and encoded, in every file of

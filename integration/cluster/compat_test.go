@@ -99,88 +99,118 @@ func TestSeveralAtOnce(t *testing.T) {
 
 // The users and groups of a container are those of the image and of the pod's
 // security context, and never root's because something was not found: kubelet
-// takes an image that it does not find for one of root's, and containerd an
-// image without /etc/passwd.
+// takes an image that it does not find for one of root's. Kubelet passes on an
+// image's uid, not its group, so containerd looks into the image for the group
+// and for supplementary ones; where the host has none of the image, they are
+// right with resolve_users, and else only if the pod gives them.
 func TestUsers(t *testing.T) {
-	n := newNode(t, options{})
-	ids := func(t *testing.T, pod string) string {
+	yes := true
+	i64 := func(i int64) *int64 { return &i }
+	cases := []struct {
+		name, what, user string
+		security         corev1.PodSecurityContext
+		// runAsGroup is the container's: containerd refuses that of a pod that
+		// does not give runAsUser too.
+		runAsGroup *int64
+		// uid:gid and all groups, under runc and, by default, in a guest.
+		runc, guest string
+	}{
+		{name: "root", what: "no USER", runc: "0:0 0", guest: "0:0 0"},
+		{name: "numeric", what: "USER 1000:1000", user: "1000:1000",
+			runc: "1000:1000 1000 2000", guest: "1000:0 0"},
+		{name: "nonroot", what: "USER 1000:1000 and runAsNonRoot", user: "1000:1000",
+			security: corev1.PodSecurityContext{RunAsNonRoot: &yes},
+			runc:     "1000:1000 1000 2000", guest: "1000:0 0"},
+		{name: "group", what: "USER 1000:1000 and runAsGroup", user: "1000:1000",
+			runAsGroup: i64(1000),
+			runc:       "1000:1000 1000 2000", guest: "1000:1000 1000"},
+		{name: "groups", what: "USER 1000:1000, runAsGroup, fsGroup and supplementalGroups", user: "1000:1000",
+			security:   corev1.PodSecurityContext{FSGroup: i64(3000), SupplementalGroups: []int64{4000}},
+			runAsGroup: i64(1000),
+			runc:       "1000:1000 1000 2000 3000 4000", guest: "1000:1000 1000 3000 4000"},
+		{name: "given", what: "runAsUser and runAsGroup over USER by name", user: "app",
+			security: corev1.PodSecurityContext{RunAsUser: i64(1234), RunAsGroup: i64(5678)},
+			runc:     "1234:5678 5678", guest: "1234:5678 5678"},
+		{name: "name", what: "USER by name", user: "app", runc: "1000:1000 1000 2000"},
+	}
+	ids := func(t *testing.T, n *node, pod string) string {
 		t.Helper()
 		return strings.TrimSpace(n.exec(t, pod, "main", "sh", "-c", `echo "$(id -u):$(id -g) $(id -G)"`))
 	}
-	yes := true
-	i64 := func(i int64) *int64 { return &i }
-	for _, c := range []struct {
-		name, what, user string
-		security         corev1.PodSecurityContext
-		// want is uid:gid and all groups.
-		want, wantRunc string
-	}{
-		{name: "root", what: "no USER", want: "0:0 0"},
-		{name: "numeric", what: "USER 1000:1000", user: "1000:1000", want: "1000:1000 1000", wantRunc: "1000:1000 1000 2000"},
-		{name: "nonroot", what: "USER 1000:1000 and runAsNonRoot", user: "1000:1000",
-			security: corev1.PodSecurityContext{RunAsNonRoot: &yes}, want: "1000:1000 1000", wantRunc: "1000:1000 1000 2000"},
-		{name: "groups", what: "fsGroup and supplementalGroups", user: "1000:1000",
-			security: corev1.PodSecurityContext{FSGroup: i64(3000), SupplementalGroups: []int64{4000}},
-			want:     "1000:1000 1000 3000 4000", wantRunc: "1000:1000 1000 2000 3000 4000"},
-		{name: "given", what: "runAsUser and runAsGroup over USER by name", user: "app",
-			security: corev1.PodSecurityContext{RunAsUser: i64(1234), RunAsGroup: i64(5678)}, want: "1234:5678 5678"},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			record(t, compatibility, "users and groups: "+c.what+", under both kinds in both orders")
-			if c.wantRunc == "" {
-				c.wantRunc = c.want
-			}
-			for _, order := range [][]string{{harness.Guest, harness.Runc}, {harness.Runc, harness.Guest}} {
-				img := n.push(t, images.Spec{Name: c.name + "-" + order[0] + "-first", Layers: 2, User: c.user})
-				for _, handler := range order {
-					p := n.Pod(img.Name+"-"+handler, handler, main(img))
-					p.Spec.SecurityContext = &c.security
-					p.Spec.Volumes = []corev1.Volume{{Name: "shared", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}}}
-					p.Spec.Containers[0].VolumeMounts = []corev1.VolumeMount{{Name: "shared", MountPath: "/shared"}}
-					n.run(t, p)
-					want := c.want
-					if handler == harness.Runc {
-						want = c.wantRunc
-					}
-					require.Equal(t, want, ids(t, p.Name), "of %s", p.Name)
-					n.requireNoWarnings(t, p.Name)
-					if c.security.FSGroup != nil {
-						n.exec(t, p.Name, "main", "touch", "/shared/file")
-						require.Equal(t, "3000\n", n.exec(t, p.Name, "main", "stat", "-c", "%g", "/shared/file"))
-					}
-					n.delete(t, p.Name)
+
+	for _, resolve := range []string{"off", "registry"} {
+		t.Run(resolve, func(t *testing.T) {
+			n := newNode(t, options{Options: harness.Options{PluginConfig: "resolve_users = '" + resolve + "'"}})
+			for _, c := range cases {
+				if resolve == "registry" {
+					c.guest = c.runc
 				}
+				if c.guest == "" {
+					continue // see below
+				}
+				t.Run(c.name, func(t *testing.T) {
+					outcome := "as under runc"
+					if c.guest != c.runc {
+						outcome = "the groups are those that the pod gives, or 0: " + c.guest + ", under runc " + c.runc
+					}
+					record(t, compatibility, fmt.Sprintf("users, resolve_users %s: %s, both orders: %s", resolve, c.what, outcome))
+					for _, order := range [][]string{{harness.Guest, harness.Runc}, {harness.Runc, harness.Guest}} {
+						img := n.push(t, images.Spec{Name: c.name + "-" + order[0] + "-first", Layers: 2, User: c.user})
+						for _, handler := range order {
+							p := n.Pod(img.Name+"-"+handler, handler, main(img))
+							p.Spec.SecurityContext = &c.security
+							p.Spec.Containers[0].SecurityContext = &corev1.SecurityContext{RunAsGroup: c.runAsGroup}
+							p.Spec.Volumes = []corev1.Volume{{Name: "shared", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}}}
+							p.Spec.Containers[0].VolumeMounts = []corev1.VolumeMount{{Name: "shared", MountPath: "/shared"}}
+							n.run(t, p)
+							want := c.runc
+							if handler == harness.Guest {
+								want = c.guest
+							}
+							require.Equal(t, want, ids(t, n, p.Name), "of %s", p.Name)
+							n.requireNoWarnings(t, p.Name)
+							if c.security.FSGroup != nil {
+								n.exec(t, p.Name, "main", "touch", "/shared/file")
+								require.Equal(t, "3000\n", n.exec(t, p.Name, "main", "stat", "-c", "%g", "/shared/file"))
+							}
+							n.delete(t, p.Name)
+						}
+					}
+				})
 			}
+			if resolve == "registry" {
+				return
+			}
+
+			t.Run("name", func(t *testing.T) {
+				record(t, compatibility, "users, resolve_users off: USER by name: the event has the securityContext that makes it run, and that does")
+				img := n.push(t, images.Spec{Name: "by-name", Layers: 2, User: "app"})
+				n.create(t, n.Pod("by-name", harness.Guest, main(img)))
+				event := n.waitEvent(t, "by-name", "Warning", "app", "securityContext", "runAsUser", "runAsGroup")
+				require.Contains(t, event, img.Ref)
+				p, err := control.API.Pod(t.Context(), "by-name")
+				require.NoError(t, err)
+				require.Nil(t, p.Status.ContainerStatuses[0].State.Running)
+				require.Nil(t, p.Status.ContainerStatuses[0].State.Terminated, "the container ran, as whoever")
+
+				fixed := n.Pod("by-name-fixed", harness.Guest, main(img))
+				fixed.Spec.SecurityContext = &corev1.PodSecurityContext{RunAsUser: i64(1000), RunAsGroup: i64(1000)}
+				n.run(t, fixed)
+				require.Equal(t, "1000:1000 1000", ids(t, n, "by-name-fixed"))
+				n.run(t, n.Pod("by-name-runc", harness.Runc, main(img)))
+				require.Equal(t, "1000:1000 1000 2000", ids(t, n, "by-name-runc"))
+			})
+
+			t.Run("refused", func(t *testing.T) {
+				record(t, compatibility, "users: runAsNonRoot and an image of root's: refused, under both kinds")
+				img := n.push(t, images.Spec{Name: "of-root", Layers: 2})
+				for _, handler := range []string{harness.Guest, harness.Runc} {
+					p := n.Pod("of-root-"+handler, handler, main(img))
+					p.Spec.SecurityContext = &corev1.PodSecurityContext{RunAsNonRoot: &yes}
+					n.create(t, p)
+					n.waitEvent(t, p.Name, "image will run as root")
+				}
+			})
 		})
 	}
-
-	t.Run("name", func(t *testing.T) {
-		record(t, compatibility, "USER by name, guest pod: the event has the securityContext that makes it run, and that does")
-		img := n.push(t, images.Spec{Name: "by-name", Layers: 2, User: "app"})
-		n.create(t, n.Pod("by-name", harness.Guest, main(img)))
-		event := n.waitEvent(t, "by-name", "Warning", "app", "securityContext", "runAsUser")
-		require.Contains(t, event, img.Ref)
-		p, err := control.API.Pod(t.Context(), "by-name")
-		require.NoError(t, err)
-		require.Nil(t, p.Status.ContainerStatuses[0].State.Running)
-		require.Nil(t, p.Status.ContainerStatuses[0].State.Terminated, "the container ran, as whoever")
-
-		fixed := n.Pod("by-name-fixed", harness.Guest, main(img))
-		fixed.Spec.SecurityContext = &corev1.PodSecurityContext{RunAsUser: i64(1000), RunAsGroup: i64(1000)}
-		n.run(t, fixed)
-		require.Equal(t, "1000:1000 1000", ids(t, "by-name-fixed"))
-		n.run(t, n.Pod("by-name-runc", harness.Runc, main(img)))
-		require.Equal(t, "1000:1000 1000 2000", ids(t, "by-name-runc"))
-	})
-
-	t.Run("refused", func(t *testing.T) {
-		record(t, compatibility, "runAsNonRoot and an image of root's: refused, under both kinds")
-		img := n.push(t, images.Spec{Name: "of-root", Layers: 2})
-		for _, handler := range []string{harness.Guest, harness.Runc} {
-			p := n.Pod("of-root-"+handler, handler, main(img))
-			p.Spec.SecurityContext = &corev1.PodSecurityContext{RunAsNonRoot: &yes}
-			n.create(t, p)
-			n.waitEvent(t, p.Name, "image will run as root")
-		}
-	})
 }

@@ -71,7 +71,7 @@ type Kubelet struct {
 //
 // Kubelet has a few paths that cannot be chosen: it makes links in
 // /var/log/containers and a socket in /var/lib/kubelet/device-plugins. It also
-// sets sysctls. [Kubelet.Close] takes that back. On a machine that has a kubelet
+// sets sysctls. [Kubelet.Up] and [Kubelet.Close] take that back. On a machine that has a kubelet
 // already it would disturb that one, and is refused.
 func (c *Control) StartKubelet(ctx context.Context, n *harness.Node, o KubeletOptions) (_ *Kubelet, err error) {
 	if conn, err := net.Dial("unix", devicePlugins+"/kubelet.sock"); err == nil {
@@ -182,8 +182,19 @@ func (k *Kubelet) Up(ctx context.Context) error {
 		if err == nil && node.Status.NodeInfo.ContainerRuntimeVersion == "" {
 			err = errors.New("the node has no status yet")
 		}
+		if err != nil {
+			return err
+		}
+		// The last thing that its container manager starts.
+		conn, err := net.Dial("unix", devicePlugins+"/kubelet.sock")
+		if err == nil {
+			conn.Close()
+		}
 		return err
 	})
+	// Its container manager has set them, and does so only once. Nothing here
+	// depends on them, so the machine need not wait for Close to have its own.
+	err = errors.Join(err, k.undo.restoreSysctls())
 	if err != nil {
 		err = errors.Join(err, k.Down())
 	}
@@ -392,12 +403,17 @@ func saveHost() (host, error) {
 
 const containerLogs = "/var/log/containers"
 
-// restore undoes what a kubelet with files in dir has done.
-func (h host) restore(dir string) error {
+func (h host) restoreSysctls() error {
 	var errs []error
 	for name, value := range h.sysctls {
 		errs = append(errs, os.WriteFile("/proc/sys/"+name, value, 0))
 	}
+	return errors.Join(errs...)
+}
+
+// restore undoes what a kubelet with files in dir has done.
+func (h host) restore(dir string) error {
+	errs := []error{h.restoreSysctls()}
 	links, err := filepath.Glob(containerLogs + "/*.log")
 	errs = append(errs, err)
 	for _, l := range links {
