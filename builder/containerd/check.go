@@ -21,7 +21,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"iter"
 	"os"
 	"path/filepath"
 	"slices"
@@ -78,6 +77,10 @@ and 0 otherwise.`,
 	},
 }
 
+// grpcSection is the section of the plugin that serves containerd's socket, which
+// is a plugin from 2.3 on.
+const grpcSection = "io.containerd.server.v1.grpc"
+
 // quiet keeps containerd's loading of a configuration from logging: what it would
 // say is among the findings.
 func quiet() error { return log.SetLevel("fatal") }
@@ -107,13 +110,12 @@ func effectiveConfig(ctx context.Context, cmd *cli.Command) (*check.Config, erro
 		Root:    defaults.DefaultRootDir,
 		State:   defaults.DefaultStateDir,
 		Plugins: map[string]any{
-			string(plugins.ServerPlugin) + ".grpc": map[string]any{"address": defaults.DefaultAddress},
+			grpcSection: map[string]any{"address": defaults.DefaultAddress},
 		},
 	}
 	graph := registry.Graph(func(*plugin.Registration) bool { return false })
 	if _, err := os.Stat(path); !os.IsNotExist(err) || cmd.IsSet("config") {
-		registered := func() iter.Seq[plugin.Registration] { return slices.Values(graph) }
-		if err := srvconfig.LoadConfigWithPlugins(ctx, path, registered, config); err != nil {
+		if err := loadConfig(ctx, path, graph, config); err != nil {
 			return nil, fmt.Errorf("%s: %w", path, err)
 		}
 	}
@@ -137,6 +139,9 @@ func effectiveConfig(ctx context.Context, cmd *cli.Command) (*check.Config, erro
 		if sections[p.URI()], err = config.Decode(ctx, p.URI(), p.Config); err != nil {
 			return nil, fmt.Errorf("[plugins.'%s']: %w", p.URI(), err)
 		}
+	}
+	if sections[grpcSection] == nil {
+		sections[grpcSection] = config.Plugins[grpcSection]
 	}
 	for uri := range config.Plugins {
 		known := slices.ContainsFunc(graph, func(r plugin.Registration) bool { return r.URI() == uri })
@@ -169,7 +174,7 @@ func looksAt(uri string) bool {
 		string(plugins.CRIServicePlugin) + ".runtime",
 		string(plugins.CRIServicePlugin) + ".images",
 		string(plugins.TransferPlugin) + ".local",
-		string(plugins.ServerPlugin) + ".grpc",
+		grpcSection,
 	}, uri)
 }
 

@@ -23,7 +23,6 @@ import (
 	"fmt"
 	"os"
 
-	"github.com/containerd/containerd/v2/cmd/containerd/command"
 	"github.com/containerd/plugin"
 	"github.com/containerd/plugin/registry"
 
@@ -45,7 +44,5 @@ func run() error {
 	if err := addUnpackConfig(registry.Graph(all)); err != nil {
 		return err
 	}
-	app := command.App()
-	app.Commands = append(app.Commands, guestPullCommand)
-	return app.Run(context.Background(), os.Args)
+	return runApp(context.Background())
 }

@@ -20,23 +20,10 @@ import (
 	"bytes"
 	"fmt"
 
-	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/containerd/v2/plugins"
-	"github.com/containerd/platforms"
 	"github.com/containerd/plugin"
 	"github.com/pelletier/go-toml/v2"
-
-	guestpull "github.com/guest-pull/guest-pull-snapshotter/plugin"
 )
-
-// unpackConfig is an entry of the transfer service's unpack_config
-// (containerd, plugins/transfer/plugin.go, unpackConfiguration).
-type unpackConfig struct {
-	Platform    string `toml:"platform"`
-	Snapshotter string `toml:"snapshotter"`
-	Differ      string `toml:"differ"`
-	Optional    bool   `toml:"optional"`
-}
 
 // addUnpackConfig adds the guest-pull snapshotter to the transfer service's
 // default unpack_config. Without it, CRI's default way to pull refuses the
@@ -46,15 +33,7 @@ type unpackConfig struct {
 // containerd applies its own default entries (plugins/transfer/plugin_defaults_linux.go)
 // only to a list that is not there, so they are repeated here.
 func addUnpackConfig(graph []plugin.Registration) error {
-	platform := platforms.DefaultSpec()
-	erofs := platforms.DefaultSpec()
-	erofs.OSFeatures = []string{"erofs"}
-
-	b, err := toml.Marshal(map[string][]unpackConfig{"unpack_config": {
-		{Platform: platforms.Format(platform), Snapshotter: defaults.DefaultSnapshotter, Differ: defaults.DefaultDiffer},
-		{Platform: platforms.FormatAll(erofs), Snapshotter: "erofs", Differ: "erofs", Optional: true},
-		{Platform: platforms.Format(platform), Snapshotter: guestpull.ID, Differ: defaults.DefaultDiffer, Optional: true},
-	}})
+	b, err := toml.Marshal(map[string][]unpackConfig{"unpack_config": unpackConfigs()})
 	if err != nil {
 		return fmt.Errorf("default unpack_config: %w", err)
 	}

@@ -67,6 +67,11 @@ import (
 	"github.com/guest-pull/guest-pull-snapshotter/plugin/snapshotter"
 )
 
+// labelSnapshotRef is the label by which the unpacker names the layer that it asks
+// for (core/snapshots/snapshotter.go, LabelSnapshotRef, which containerd exports
+// from 2.4 on).
+const labelSnapshotRef = "containerd.io/snapshot.ref"
+
 // The operations that are values of the label "operation".
 const (
 	opPrepareLayer = "prepare_layer"
@@ -92,7 +97,7 @@ type Metrics struct {
 	layers      gometrics.Counter
 	layerBytes  gometrics.Counter
 	refused     gometrics.Counter
-	operations  gometrics.LabeledTimer
+	operations  *prometheus.HistogramVec
 	errors      gometrics.LabeledCounter
 	userLookups gometrics.LabeledCounter
 }
@@ -101,14 +106,22 @@ type Metrics struct {
 func New() *Metrics {
 	ns := gometrics.NewNamespace("containerd", "guest_pull", nil)
 	m := &Metrics{
-		ns:          ns,
-		layers:      ns.NewCounter("layers", "image layers that were left to the guest, in layers"),
-		layerBytes:  ns.NewCounter("layer_bytes", "sizes (compressed, as in the manifest) of the image layers that were left to the guest, in bytes"),
-		refused:     ns.NewCounter("refused_extractions", "requests to put a layer's content on the host that were refused, in requests"),
-		operations:  ns.NewLabeledTimerWithBuckets("operation", "duration of the snapshotter's operations, in seconds", buckets, "operation"),
+		ns:         ns,
+		layers:     ns.NewCounter("layers", "image layers that were left to the guest, in layers"),
+		layerBytes: ns.NewCounter("layer_bytes", "sizes (compressed, as in the manifest) of the image layers that were left to the guest, in bytes"),
+		refused:    ns.NewCounter("refused_extractions", "requests to put a layer's content on the host that were refused, in requests"),
+		// go-metrics has timers with buckets since the version that containerd 2.4 uses.
+		operations: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Namespace: "containerd",
+			Subsystem: "guest_pull",
+			Name:      "operation_seconds",
+			Help:      "duration of the snapshotter's operations, in seconds",
+			Buckets:   buckets,
+		}, []string{"operation"}),
 		errors:      ns.NewLabeledCounter("errors", "operations of the snapshotter that failed, by kind of error, in calls", "operation", "kind"),
 		userLookups: ns.NewLabeledCounter("user_lookups", "images whose users and groups were looked up, in images", "source", "result"),
 	}
+	ns.Add(m.operations)
 	// A counter that is there before it counts is seen to rise from zero.
 	for _, result := range []string{"read", "known", "unusable", "failed"} {
 		m.userLookups.WithValues(snapshotter.ResolveUsersRegistry, result)
@@ -173,7 +186,7 @@ func (w *wrapper) observe(ctx context.Context, op, key, parent string) (context.
 	ctx, span := tracing.StartSpan(ctx, tracing.Name("snapshotter.guest-pull", op), opts...)
 	start := time.Now()
 	return ctx, func(err error) {
-		w.m.operations.WithValues(op).UpdateSince(start)
+		w.m.operations.WithLabelValues(op).Observe(time.Since(start).Seconds())
 		if err != nil {
 			w.m.errors.WithValues(op, kind(err)).Inc()
 			if errors.Is(err, snapshotter.ErrContentOnHost) {
@@ -197,7 +210,7 @@ func (w *wrapper) Prepare(ctx context.Context, key, parent string, opts ...snaps
 			return nil, err
 		}
 	}
-	layer, isLayer := info.Labels[snapshots.LabelSnapshotRef]
+	layer, isLayer := info.Labels[labelSnapshotRef]
 	op := opPrepare
 	if isLayer {
 		op = opPrepareLayer

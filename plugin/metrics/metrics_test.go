@@ -84,7 +84,7 @@ func manifest(t *testing.T) (content.Store, digest.Digest, []digest.Digest) {
 
 // unpack asks for a layer as containerd's unpacker does.
 func unpack(ctx context.Context, s snapshots.Snapshotter, chainID, parent string, labels map[string]string) error {
-	all := map[string]string{snapshots.LabelSnapshotRef: chainID}
+	all := map[string]string{labelSnapshotRef: chainID}
 	maps.Copy(all, labels)
 	_, err := s.Prepare(ctx, "k8s.io/1/extract-1-abc "+chainID, parent, snapshots.WithLabels(all))
 	return err

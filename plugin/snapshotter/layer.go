@@ -31,6 +31,11 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
+// labelSnapshotRef is the label by which the unpacker names the layer that it asks
+// for (core/snapshots/snapshotter.go, LabelSnapshotRef, which containerd exports
+// from 2.4 on).
+const labelSnapshotRef = "containerd.io/snapshot.ref"
+
 // isLayer tells whether a snapshot's name is that of an image layer. A layer is
 // named by its bare chain ID; every other name that reaches a snapshotter from
 // containerd's metadata store looks like "k8s.io/12/..." (core/metadata/snapshot.go,
@@ -45,7 +50,7 @@ func layerInfo(name string) snapshots.Info {
 	return snapshots.Info{
 		Kind:   snapshots.KindCommitted,
 		Name:   name,
-		Labels: map[string]string{snapshots.LabelSnapshotRef: name},
+		Labels: map[string]string{labelSnapshotRef: name},
 	}
 }
 
@@ -68,7 +73,7 @@ func refuseContent(key, parent string) error {
 	if extraction.MatchString(key) {
 		return fmt.Errorf("extract a layer into snapshot %q: %w, and the request names no %s label that would tell it which layer to leave to the guest: "+
 			"pull the image for a runtime handler that uses this snapshotter, or unpack it with another snapshotter: %w",
-			key, ErrContentOnHost, snapshots.LabelSnapshotRef, errdefs.ErrFailedPrecondition)
+			key, ErrContentOnHost, labelSnapshotRef, errdefs.ErrFailedPrecondition)
 	}
 	if isLayer(parent) && imageVolume.MatchString(key) {
 		return fmt.Errorf("mount an image volume from layer %s: %w, so the volume would be empty: "+
@@ -84,7 +89,7 @@ func refuseContent(key, parent string) error {
 func (s *snapshotter) prepareLayer(ctx context.Context, target, parent string) error {
 	if !isLayer(target) {
 		return fmt.Errorf("prepare a layer: the label %s is %q, not a digest: %w",
-			snapshots.LabelSnapshotRef, target, errdefs.ErrInvalidArgument)
+			labelSnapshotRef, target, errdefs.ErrInvalidArgument)
 	}
 	if parent != "" && !isLayer(parent) {
 		if _, err := s.Snapshotter.Stat(ctx, parent); err != nil {
@@ -96,7 +101,7 @@ func (s *snapshotter) prepareLayer(ctx context.Context, target, parent string) e
 
 // layerQuery matches the one filter by which the metadata store looks for a
 // layer that Prepare said to exist (core/metadata/snapshot.go, createSnapshot).
-var layerQuery = regexp.MustCompile(`^labels\.` + regexp.QuoteMeta(strconv.Quote(snapshots.LabelSnapshotRef)) + `==([^,"]+),parent==(".*")$`)
+var layerQuery = regexp.MustCompile(`^labels\.` + regexp.QuoteMeta(strconv.Quote(labelSnapshotRef)) + `==([^,"]+),parent==(".*")$`)
 
 // askedLayer returns the layer that the filters of a walk ask for by name, and
 // false for every other walk. Answering from the question needs no memory of

@@ -165,7 +165,7 @@ func (s *snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	if err != nil {
 		return nil, err
 	}
-	if target, ok := info.Labels[snapshots.LabelSnapshotRef]; ok {
+	if target, ok := info.Labels[labelSnapshotRef]; ok {
 		return nil, s.prepareLayer(ctx, target, parent)
 	}
 	return s.create(ctx, key, parent, info, s.Snapshotter.Prepare)

@@ -78,7 +78,7 @@ func pull(ctx context.Context, s snapshots.Snapshotter, ids []string) error {
 	parent := ""
 	for _, id := range ids {
 		key := fmt.Sprintf(snapshots.UnpackKeyFormat, fmt.Sprint(time.Now().UnixNano())+"-aB_3", id)
-		_, err := s.Prepare(ctx, key, parent, snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: id}))
+		_, err := s.Prepare(ctx, key, parent, snapshots.WithLabels(map[string]string{labelSnapshotRef: id}))
 		if !errdefs.IsAlreadyExists(err) {
 			return fmt.Errorf("prepare %s: want already exists, got %w", id, err)
 		}
@@ -322,7 +322,7 @@ func TestRefusals(t *testing.T) {
 	before, err := os.ReadFile(filepath.Join(root, "metadata.db"))
 	require.NoError(t, err)
 	target := func(v string) snapshots.Opt {
-		return snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: v})
+		return snapshots.WithLabels(map[string]string{labelSnapshotRef: v})
 	}
 
 	for name, c := range map[string]struct {
@@ -402,7 +402,7 @@ func TestWalk(t *testing.T) {
 	}
 	// The format of core/metadata/snapshot.go, createSnapshot.
 	query := func(target, parent string) string {
-		return fmt.Sprintf(`labels.%q==%s,parent==%q`, snapshots.LabelSnapshotRef, target, parent)
+		return fmt.Sprintf(`labels.%q==%s,parent==%q`, labelSnapshotRef, target, parent)
 	}
 
 	assert.Empty(t, walk())
@@ -411,7 +411,7 @@ func TestWalk(t *testing.T) {
 		require.Len(t, found, 1)
 		assert.Equal(t, ids[1], found[0].Name)
 		assert.Equal(t, parent, found[0].Parent)
-		assert.Equal(t, ids[1], found[0].Labels[snapshots.LabelSnapshotRef])
+		assert.Equal(t, ids[1], found[0].Labels[labelSnapshotRef])
 		assert.Equal(t, snapshots.KindCommitted, found[0].Kind)
 		assert.WithinDuration(t, time.Now(), found[0].Created, time.Minute)
 	}
@@ -444,7 +444,7 @@ func legacyRoot(t *testing.T, root string, ids []string) {
 	require.NoError(t, ms.WithTransaction(t.Context(), true, func(ctx context.Context) error {
 		parent := ""
 		for _, id := range ids {
-			labels := snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: id})
+			labels := snapshots.WithLabels(map[string]string{labelSnapshotRef: id})
 			s, err := storage.CreateSnapshot(ctx, snapshots.KindActive, "extract "+id, parent, labels)
 			if err != nil {
 				return err
@@ -633,8 +633,8 @@ func TestValidate(t *testing.T) {
 
 func FuzzAskedLayer(f *testing.F) {
 	id := chain("image", 1)[0]
-	f.Add(fmt.Sprintf(`labels.%q==%s,parent==%q`, snapshots.LabelSnapshotRef, id, ""))
-	f.Add(fmt.Sprintf(`labels.%q==%s,parent==%q`, snapshots.LabelSnapshotRef, id, id))
+	f.Add(fmt.Sprintf(`labels.%q==%s,parent==%q`, labelSnapshotRef, id, ""))
+	f.Add(fmt.Sprintf(`labels.%q==%s,parent==%q`, labelSnapshotRef, id, id))
 	f.Add(`kind==active`)
 	f.Fuzz(func(t *testing.T, filter string) {
 		info, ok := askedLayer([]string{filter})
