@@ -248,7 +248,7 @@ upstream: deps build test-tools ## run containerd's own integration suites again
 	cd integration && GUEST_PULL_CONTAINERD=$(abspath $(BIN)) $(GO) run ./upstream
 .PHONY: upstream
 
-test: new-figures lint unit unit-patched integration ## lint, unit, conformance and integration tests
+test: new-figures lint unit unit-patched integration e2e-kubernetes-core ## lint, unit, conformance and integration tests, and a Kubernetes node
 	$(PRINT_FIGURES)
 .PHONY: test
 
