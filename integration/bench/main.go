@@ -149,15 +149,11 @@ func command(ctx context.Context, isShort bool, only, out string) error {
 		s = short
 	}
 	r := newReport(os.Stderr, isShort)
-	if err := measure(ctx, r, s, only); err != nil {
-		return err
-	}
+	err := measure(ctx, r, s, only)
 	fmt.Println()
-	if err := r.writeTable(os.Stdout); err != nil {
+	// What there is when it fails is worth seeing too.
+	if err := errors.Join(err, r.writeTable(os.Stdout)); err != nil || out == "" {
 		return err
-	}
-	if out == "" {
-		return nil
 	}
 	return r.save(out)
 }
