@@ -33,6 +33,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/guest-pull/guest-pull-snapshotter/integration/figures"
 	"github.com/guest-pull/guest-pull-snapshotter/integration/harness"
@@ -330,16 +331,26 @@ func TestManyContainers(t *testing.T) {
 	ctx := t.Context()
 	n, reg := newNode(t, harness.Options{})
 	img := push(t, reg, images.Spec{Name: "app", Layers: 20, LayerSize: 1 << 10})
-	pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
-	_, err := pod.Pull(ctx, img.Ref)
+	drainEvents(t, n)
+	const perPod = 25
+	pods := make([]*harness.Pod, many/perPod)
+	for i := range pods {
+		pods[i] = runPod(t, n, harness.PodSpec{Handler: harness.Guest})
+	}
+	_, err := pods[0].Pull(ctx, img.Ref)
 	require.NoError(t, err)
 
 	lot := func() {
 		containers := make(chan *harness.Container, many)
+		todo := make(chan *harness.Pod, many)
+		for i := range many {
+			todo <- pods[i%len(pods)]
+		}
+		close(todo)
 		var all sync.WaitGroup
 		for range 4 {
 			all.Go(func() {
-				for range many / 4 {
+				for pod := range todo {
 					c, err := pod.Create(ctx, harness.ContainerSpec{Image: img.Ref, PullPolicy: harness.Never})
 					if assert.NoError(t, err) {
 						containers <- c
@@ -349,7 +360,7 @@ func TestManyContainers(t *testing.T) {
 		}
 		all.Wait()
 		close(containers)
-		require.Len(t, containers, many/4*4)
+		require.Len(t, containers, many)
 		snapshots, err := n.Snapshots(harness.CRI(ctx), harness.Snapshotter)
 		require.NoError(t, err)
 		require.GreaterOrEqual(t, len(snapshots), many)
@@ -372,6 +383,21 @@ func TestManyContainers(t *testing.T) {
 		require.LessOrEqual(t, after.databases[name], size+size/4, "size of %s", name)
 	}
 	require.Empty(t, reg.Log().By(registry.Host).In("app").Of(registry.Layer))
+}
+
+// drainEvents takes CRI's events, as kubelet does. Containerd would otherwise keep
+// the last thousand, each with the state of all containers of its pod.
+func drainEvents(t *testing.T, n *harness.Node) {
+	t.Helper()
+	events, err := n.Runtime.GetContainerEvents(t.Context(), &runtimeapi.GetEventsRequest{})
+	require.NoError(t, err)
+	go func() {
+		for {
+			if _, err := events.Recv(); err != nil {
+				return // the test is over
+			}
+		}
+	}()
 }
 
 // Sixteen pods start at once, as after a drain of another node. All of them

@@ -387,7 +387,9 @@ func (k *killer) requireBaseline(t *testing.T) {
 			}
 		}
 		for _, x := range k.baseline {
-			if !slices.Contains(now, x) {
+			// Of an image that was pulled again, overlayfs has no need of the
+			// layers that it had unpacked.
+			if k.handler == harness.Guest && !slices.Contains(now, x) {
 				diff = append(diff, "lost: "+x)
 			}
 		}
