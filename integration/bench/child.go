@@ -217,7 +217,7 @@ func sealed(root string) error {
 	}
 	// That the seal holds is seen from what has to write.
 	if _, err := s.Prepare(ctx, "k8s.io/1/container", newImage("sealed", 1).top()); !errors.Is(err, unix.EROFS) {
-		return fmt.Errorf("a container was prepared, or failed for another reason than that nothing can be written: %v", err)
+		return fmt.Errorf("a container was prepared, or failed for another reason than that nothing can be written: %w", err)
 	}
 	return nil
 }

@@ -112,11 +112,6 @@ func minus(v ...float64) float64 { return v[0] - v[1] }
 
 func over(v ...float64) float64 { return v[0] / v[1] }
 
-// scale multiplies every number of a series.
-func (s series) scale(by float64) series {
-	return each(func(v ...float64) float64 { return v[0] * by }, s)
-}
-
 // always is a series for something that does not change from round to round.
 func always(v float64, like series) series {
 	s := make(series, len(like))

@@ -79,7 +79,7 @@ func (r *report) draw(dir string) error {
 
 		var sizes []plot.Tick
 		for i, c := range r.curvesOf(name) {
-			if err := addCurve(p, c, colors[i%len(colors)], draw.GlyphDrawer(glyphs[i%len(glyphs)])); err != nil {
+			if err := addCurve(p, c, colors[i%len(colors)], glyphs[i%len(glyphs)]); err != nil {
 				return err
 			}
 			if i == 0 {
