@@ -44,6 +44,7 @@ import (
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	bolt "go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
 
@@ -119,9 +120,13 @@ func New(ctx context.Context, root string, config Config) (snapshots.Snapshotter
 }
 
 // open makes sure that the database can be used. A new one gets its buckets,
-// which a walk or a clean-up of the store expects. When it is new because the
-// old one was lost, the directories of the old one are removed: they would be
-// in the way of new snapshots, whose numbers start again.
+// which a walk or a clean-up of the store expects.
+//
+// Directories that the database does not know are removed: they would be in the
+// way of the next snapshots. There are some when the database is new because the
+// old one was lost, as its numbers start again. There is one when containerd was
+// killed after the overlay snapshotter had moved a snapshot's directory to its
+// number and before it had committed that number, which is then given again.
 func (s *snapshotter) open(ctx context.Context) (err error) {
 	// bbolt panics on a damaged page and faults on a truncated file. Neither
 	// may take containerd down. The store cannot be closed then: it may hold
@@ -136,7 +141,8 @@ func (s *snapshotter) open(ctx context.Context) (err error) {
 	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		return storage.WalkInfo(ctx, func(context.Context, snapshots.Info) error { return nil })
 	})
-	if errdefs.IsNotFound(err) {
+	isNew := errdefs.IsNotFound(err)
+	if isNew {
 		err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
 			const probe = "initialize"
 			if _, err := storage.CreateSnapshot(ctx, snapshots.KindActive, probe, ""); err != nil {
@@ -145,8 +151,13 @@ func (s *snapshotter) open(ctx context.Context) (err error) {
 			_, _, err := storage.Remove(ctx, probe)
 			return err
 		})
-		if err == nil {
-			err = s.Cleanup(ctx)
+	}
+	if err == nil {
+		err = s.Cleanup(ctx)
+		if err != nil && !isNew {
+			// On a full disk, for instance. The garbage collector tries again.
+			log.G(ctx).WithError(err).Warn("directories of snapshots that were never committed were not removed")
+			err = nil
 		}
 	}
 	if err != nil {

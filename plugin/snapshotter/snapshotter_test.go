@@ -23,6 +23,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -516,6 +518,43 @@ func TestLostDatabase(t *testing.T) {
 			require.NoError(t, err)
 		})
 	}
+}
+
+// The overlay snapshotter moves a snapshot's directory to its number before it
+// commits that number. A kill in between leaves the directory, and the same number
+// is given to the next snapshot, whose move would fail with "file exists" until the
+// garbage collector came by.
+func TestKilledBeforeCommit(t *testing.T) {
+	root := t.TempDir()
+	ctx := t.Context()
+	s, err := New(ctx, root, Config{})
+	require.NoError(t, err)
+	id := chain("image", 2)[1]
+	_, err = s.Prepare(ctx, "k8s.io/1/first", id)
+	require.NoError(t, err)
+	first := directories(t, root)
+	_, err = s.Prepare(ctx, "k8s.io/2/second", id)
+	require.NoError(t, err)
+	var number string
+	for _, d := range directories(t, root) {
+		if !slices.Contains(first, d) {
+			number = d
+		}
+	}
+	require.NoError(t, s.Remove(ctx, "k8s.io/2/second"))
+	require.NoError(t, s.Close())
+	// The state after the kill: the database is from before the second Prepare,
+	// as far as the next number goes, and the directories from after it.
+	next, err := strconv.Atoi(number)
+	require.NoError(t, err)
+	for _, n := range []int{next, next + 1} {
+		require.NoError(t, os.MkdirAll(filepath.Join(root, "snapshots", strconv.Itoa(n), "fs"), 0o755))
+	}
+
+	s = newSnapshotter(t, root, Config{})
+	require.Equal(t, first, directories(t, root))
+	_, err = s.Prepare(ctx, "k8s.io/3/third", id)
+	require.NoError(t, err)
 }
 
 // bbolt panics on damaged pages and faults on a file that is too short. In
