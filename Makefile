@@ -158,8 +158,8 @@ lint: $(GOLANGCI_LINT) ## run golangci-lint on every module
 .PHONY: lint
 
 unit: deps ## run the unit and conformance tests, with the race detector
-	$(GO) test -race ./plugin/volume/... ./plugin/metrics/... ./overlayhelper/... ./builder/...
-	$(GO) test -race ./plugin/ ./plugin/users/ ./plugin/snapshotter/... -args -test.root
+	$(GO) test -race ./plugin/ ./plugin/volume/... ./plugin/metrics/... ./overlayhelper/... ./builder/...
+	$(GO) test -race ./plugin/users/ ./plugin/snapshotter/... -args -test.root
 .PHONY: unit
 
 unit-patched: patched ## run containerd's own tests of every package that a patch touches

@@ -85,6 +85,10 @@ func initialize(ic *plugin.InitContext) (any, error) {
 	if !ok {
 		return nil, errors.New("invalid guest-pull configuration")
 	}
+	mountType := config.MountType
+	if mountType == "" {
+		mountType = snapshotter.DefaultMountType
+	}
 	root := config.RootPath
 	if root == "" {
 		root = ic.Properties[plugins.PropertyRootDir]
@@ -103,7 +107,7 @@ func initialize(ic *plugin.InitContext) (any, error) {
 
 	m := metrics.New()
 	s, err := snapshotter.New(ic.Context, root, snapshotter.Config{
-		MountType:    config.MountType,
+		MountType:    mountType,
 		MountOptions: config.MountOptions,
 		SyncRemove:   config.SyncRemove,
 		Users:        config.Users,
@@ -116,7 +120,7 @@ func initialize(ic *plugin.InitContext) (any, error) {
 	}
 	logger := log.G(ic.Context).WithFields(log.Fields{
 		"root":          root,
-		"mount_type":    config.MountType,
+		"mount_type":    mountType,
 		"sync_remove":   config.SyncRemove,
 		"mount_options": config.MountOptions,
 		"resolve_users": config.ResolveUsers,
@@ -124,7 +128,7 @@ func initialize(ic *plugin.InitContext) (any, error) {
 		"groups":        len(config.Groups),
 	})
 	logger.Info("guest-pull snapshotter: images are left to the guest to pull")
-	for _, problem := range missingHelpers(config.MountType) {
+	for _, problem := range missingHelpers(mountType) {
 		logger.Warn(problem)
 	}
 
