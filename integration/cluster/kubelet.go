@@ -209,8 +209,16 @@ func (k *Kubelet) Down() error {
 }
 
 // Configure changes the configuration, as KubeletOptions.Config does, for the
-// next start.
-func (k *Kubelet) Configure(config map[string]any) { maps.Copy(k.config, config) }
+// next start; nil stands for kubelet's default. It returns what it replaced.
+func (k *Kubelet) Configure(config map[string]any) (old map[string]any) {
+	old = map[string]any{}
+	for key := range config {
+		old[key] = k.config[key]
+	}
+	maps.Copy(k.config, config)
+	maps.DeleteFunc(k.config, func(_ string, v any) bool { return v == nil })
+	return old
+}
 
 // PodLogs is the directory of the pods' logs.
 func (k *Kubelet) PodLogs() string { return k.join("pods") }
