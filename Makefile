@@ -122,6 +122,16 @@ test-packages: deps package $(DEBIAN_ROOT) ## install, upgrade, remove and purge
 	DIST='$(abspath $(DIST))' DEBIAN_ROOT='$(abspath $(DEBIAN_ROOT))' $(GO) test -tags packages -count=1 -timeout 1h ./builder/package/
 .PHONY: test-packages
 
+# The latest patch of each minor version of containerd that is supported.
+VERSIONS ?= v2.2.9 v2.3.7 $(CONTAINERD_VERSION)
+
+versions: deps patched test-tools ## build and test with other versions of containerd, table in .build/versions/table.md
+	@mkdir -p $(BUILD_DIR)/versions
+	CONTAINERD_VERSION=$(CONTAINERD_VERSION) GUEST_PULL_VERSION=$(VERSION) \
+		builder/versions/versions.sh $(VERSIONS) >$(BUILD_DIR)/versions/table.md; \
+		status=$$?; cat $(BUILD_DIR)/versions/table.md; exit $$status
+.PHONY: versions
+
 ## ---------------------------------------------------------------- try and test
 
 # What the demo and the tests run besides the binaries: runc, mount.fuse, a

@@ -317,7 +317,7 @@ func TestReplaceWithDpkgAlone(t *testing.T) {
 	r.run("apt-get install -y -qq --no-install-recommends containerd fuse3")
 	deb := filepath.Base(one(t, "*_"+runtime.GOARCH+".deb"))
 	r.run("dpkg -i --auto-deconfigure -B /packages/" + deb)
-	assert.Equal(t, "containerd rc\n"+pkg+" ii\n", r.installed())
+	assert.Equal(t, "containerd ic\n"+pkg+" ii\n", r.installed())
 	assert.Contains(t, r.run("containerd --version"), "+guest-pull.")
 	assert.Contains(t, r.run("dpkg --verify "+pkg+" && echo good"), "good")
 	assert.Contains(t, r.run("systemctl is-enabled containerd"), "enabled")
