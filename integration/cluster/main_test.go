@@ -77,6 +77,9 @@ func testMain(m *testing.M) int {
 type node struct {
 	*cluster.Kubelet
 	reg *registry.Registry
+	// interrupted: containerd was, and leaves what it also leaves without this
+	// project; see forgetInterruptions.
+	interrupted bool
 }
 
 type options struct {
@@ -104,7 +107,6 @@ func newNode(t *testing.T, o options) *node {
 	case !o.stock && len(hn.Patches()) == 0:
 		t.Skip("containerd has no patches, without which it cannot do this; what it does instead is in the tests of stock containerd")
 	}
-	// Should a stand-in's shim be killed, nothing is lost with it.
 	k, err := control.StartKubelet(t.Context(), hn, o.kubelet)
 	require.NoError(t, err)
 	n := &node{Kubelet: k, reg: reg}
@@ -124,6 +126,9 @@ func newNode(t *testing.T, o options) *node {
 			}
 		}
 		assert.NoError(t, k.Close(ctx))
+		if n.interrupted && !t.Failed() {
+			assert.NoError(t, n.forgetInterruptions(ctx, t))
+		}
 	})
 	return n
 }
