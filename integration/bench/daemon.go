@@ -303,16 +303,21 @@ func (n *node) fill(ctx context.Context, b *bench) (err error) {
 	if _, err := n.harness.Pull(ctx, harness.PullSpec{Image: img.ref, Handler: n.handler, Hint: harness.HintImageSpec}); err != nil {
 		return err
 	}
-	c, err := newCreator(ctx, n.name, n.harness, n.handler)
-	if err != nil {
-		return err
-	}
-	if err := c.prepare(ctx, img.ref); err != nil {
-		return err
-	}
-	for range b.scale.memoryContainers - 1 {
-		if _, err := c.create(ctx); err != nil {
+	// With each event containerd looks at all containers of the pod, so that a pod
+	// of a thousand takes its time.
+	const perPod = 50
+	for done := 0; done < b.scale.memoryContainers; done += perPod {
+		c, err := newCreator(ctx, n.name, n.harness, n.handler)
+		if err != nil {
 			return err
+		}
+		if err := c.prepare(ctx, img.ref); err != nil {
+			return err
+		}
+		for range min(perPod, b.scale.memoryContainers-done) - 1 {
+			if _, err := c.create(ctx); err != nil {
+				return err
+			}
 		}
 	}
 	infos, err := n.harness.Snapshots(namespace(ctx), n.snapshotter)
