@@ -31,11 +31,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
 	"runtime/debug"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -111,8 +113,11 @@ func New(ctx context.Context, root string, config Config) (snapshots.Snapshotter
 	}
 	if err := s.open(ctx); err != nil {
 		err = errors.Join(err, s.users.close())
-		if errors.Is(err, berrors.ErrTimeout) {
+		switch {
+		case errors.Is(err, berrors.ErrTimeout):
 			return nil, fmt.Errorf("open %s: another process has it open; stop the older snapshotter daemon, or give root_path a directory of its own: %w", db, err)
+		case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
+			return nil, fmt.Errorf("open %s: make it writable and restart containerd: %w", db, err)
 		}
 		return nil, fmt.Errorf("read %s: move the file away and restart containerd (images stay usable; containers of this snapshotter have to be made anew): %w", db, err)
 	}
