@@ -92,15 +92,30 @@ func (q Request) String() string {
 // from it and can be chained.
 type Log []Request
 
-// Log returns a copy of the log.
+// settle is how long Log waits for requests that are under way.
+const settle = 500 * time.Millisecond
+
+// Log returns a copy of the log. A client may have read an answer to its end
+// before the handler that wrote it has returned, so Log waits a moment for
+// requests that are under way; one that a fault hangs stays pending.
 func (r *Registry) Log() Log {
+	for deadline := time.Now().Add(settle); ; time.Sleep(time.Millisecond) {
+		l, pending := r.snapshot()
+		if !pending || time.Now().After(deadline) {
+			return l
+		}
+	}
+}
+
+func (r *Registry) snapshot() (l Log, pending bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	l := make(Log, len(r.log))
+	l = make(Log, len(r.log))
 	for i, q := range r.log {
 		l[i] = *q
+		pending = pending || !q.Done
 	}
-	return l
+	return l, pending
 }
 
 // Reset empties the log.
