@@ -90,15 +90,28 @@ stamp() {
 }
 
 # Software bills of materials, one for each program, read from the program. The
-# tool writes the time and cannot be told which.
+# tool writes the time and cannot be told which, and takes the patched copy of
+# containerd for a module of its own, which no scanner would know.
 sboms() {
-	local p file
+	local p file version patches
+	patches=$(go run ./builder/patch -list)
 	for p in "${programs[@]}"; do
 		file=$dist/$name-$VERSION-linux-$ARCH.$p.cdx.json
-		"$TOOLS/cyclonedx-gomod" bin -json -std -version "v$VERSION" \
+		case $p in
+		ctr | containerd-shim-*) version=$CONTAINERD_VERSION ;; # of containerd's own module
+		*) version=v$VERSION ;;
+		esac
+		GOARCH=$ARCH "$TOOLS/cyclonedx-gomod" bin -json -std -version "$version" \
 			-serial "$(sha256sum "$bin/$p" | sed -E 's/^(.{8})(.{4}).(.{3}).(.{3})(.{12}).*/\1-\2-5\3-8\4-\5/')" \
 			-output "$file" "$bin/$p"
-		sed -i -E "0,/\"timestamp\":/s/(\"timestamp\": )\"[^\"]*\"/\1\"$(date -u -d "@$SOURCE_DATE_EPOCH" +%FT%TZ)\"/" "$file"
+		sed -i -E \
+			-e "0,/\"timestamp\":/s/(\"timestamp\": )\"[^\"]*\"/\1\"$(date -u -d "@$SOURCE_DATE_EPOCH" +%FT%TZ)\"/" \
+			-e "s|\./\.build/patched/containerd@\(devel\)|github.com/containerd/containerd/v2@$CONTAINERD_VERSION|g" \
+			-e "s|\"name\": \"\./\.build/patched/containerd\"|\"name\": \"github.com/containerd/containerd/v2\"|" "$file"
+		sed -i -E "/\"name\": \"github\.com\/containerd\/containerd\/v2\"/{
+			n
+			s|^( *)\"version\": \"[^\"]*\",|\1\"version\": \"$CONTAINERD_VERSION\",\n\1\"pedigree\": {\"notes\": \"patched: $patches\"},|
+		}" "$file"
 	done
 }
 

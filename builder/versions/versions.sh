@@ -66,8 +66,8 @@ build() {
 
 unit() {
 	go vet -modfile="$dir/go.mod" -tags "$tag" ./plugin/... ./overlayhelper/... ./builder/containerd/ &&
-		go test -count=1 -modfile="$dir/go.mod" -tags "$tag" ./plugin/volume/... ./plugin/metrics/... ./plugin/users/... ./overlayhelper/... &&
-		go test -count=1 -modfile="$dir/go.mod" -tags "$tag" ./plugin/ ./plugin/snapshotter/... -args -test.root
+		go test -count=1 -modfile="$dir/go.mod" -tags "$tag" ./plugin/ ./plugin/volume/... ./plugin/metrics/... ./overlayhelper/... &&
+		go test -count=1 -modfile="$dir/go.mod" -tags "$tag" ./plugin/users/ ./plugin/snapshotter/... -args -test.root
 }
 
 integration() {
