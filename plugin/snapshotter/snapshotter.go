@@ -137,11 +137,7 @@ func (s *snapshotter) open(ctx context.Context) (err error) {
 	// may take containerd down. The store cannot be closed then: it may hold
 	// its own locks.
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if r := recover(); r != nil {
-			err = fmt.Errorf("the database is damaged: %v", r)
-		}
-	}()
+	defer protect(&err)
 
 	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		return storage.WalkInfo(ctx, func(context.Context, snapshots.Info) error { return nil })
