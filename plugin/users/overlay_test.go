@@ -157,6 +157,9 @@ func readInRoot(root, name string) ([]byte, error) {
 	}
 	defer dir.Close()
 	fd, err := unix.Openat2(int(dir.Fd()), name, &how)
+	for errors.Is(err, unix.EAGAIN) { // at a ".." while anybody renames or mounts
+		fd, err = unix.Openat2(int(dir.Fd()), name, &how)
+	}
 	if errors.Is(err, unix.ENOTDIR) {
 		return nil, fs.ErrNotExist
 	} else if err != nil {
