@@ -61,7 +61,20 @@ build() {
 	CGO_ENABLED=0 go build -modfile="$dir/go.mod" -trimpath -buildvcs=false -tags "$tags" -ldflags "$ldflags" -o "$dir/bin/" ./builder/containerd $module/cmd/ctr &&
 		CGO_ENABLED=0 go build -modfile="$dir/go.mod" -trimpath -buildvcs=false -tags "$tags no_grpc" -ldflags "$ldflags" -o "$dir/bin/" $module/cmd/containerd-shim-runc-v2 &&
 		CGO_ENABLED=0 go build -modfile="$dir/go.mod" -trimpath -buildvcs=false -tags "$tags" -ldflags "$ldflags" -o "$dir/bin/guest-pull-overlayfs" ./overlayhelper &&
-		ln -sfn guest-pull-overlayfs "$dir/bin/nydus-overlayfs-guest-pull"
+		ln -sfn guest-pull-overlayfs "$dir/bin/nydus-overlayfs-guest-pull" &&
+		guest
+}
+
+# guest builds the stand-in guest with that containerd as well: a shim is not
+# started by a containerd before 2.3 when it was built with a later one.
+guest() {
+	local api
+	api=$(go list -m -modfile="$dir/go.mod" -f '{{.Version}}' github.com/containerd/containerd/api) &&
+		cp integration/go.sum "$dir/guest.sum" &&
+		go mod edit -print -replace="$module=$module@$version" \
+			-replace=github.com/containerd/containerd/api=github.com/containerd/containerd/api@"$api" integration/go.mod >"$dir/guest.mod" &&
+		(cd integration && CGO_ENABLED=0 go build -mod=mod -modfile="$dir/guest.mod" -tags "$tag" -trimpath -buildvcs=false \
+			-o "$dir/bin/containerd-shim-guest-v2" ./shim-guest)
 }
 
 unit() {

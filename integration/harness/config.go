@@ -158,6 +158,10 @@ func findBinaries(o Options) (binaries, error) {
 	}
 	if b.runtimeType == "" || b.runtimeType == StandIn {
 		b.runtimeType = StandIn
+		// One that comes with the containerd was made for that version of it.
+		if b.shim = filepath.Join(b.dir, standInBinary); exist("", b.shim) == nil {
+			return b, nil
+		}
 		if repoErr != nil {
 			return b, repoErr
 		}
@@ -180,6 +184,20 @@ func (b binaries) patches(ctx context.Context) ([]string, error) {
 	}
 	_, list, _ := strings.Cut(string(out), "\npatches:\n")
 	return strings.Fields(list), nil
+}
+
+// asPlugins reports whether containerd's servers are plugins, with sections of
+// their own, which they are from version 4 of the configuration on (2.3).
+func (b binaries) asPlugins() (bool, error) {
+	out, err := exec.Command(filepath.Join(b.dir, "containerd"), "config", "default").Output()
+	if err != nil {
+		return false, fmt.Errorf("ask containerd for its default configuration: %w", err)
+	}
+	var conf struct{ Version int }
+	if err := toml.Unmarshal(out, &conf); err != nil {
+		return false, fmt.Errorf("read containerd's default configuration: %w", err)
+	}
+	return conf.Version >= 4, nil
 }
 
 func exist(remedy string, files ...string) error {
@@ -270,6 +288,18 @@ func writeConfig(p paths, b binaries, o Options) error {
 				},
 			},
 		},
+	}
+	if asPlugins, err := b.asPlugins(); err != nil {
+		return err
+	} else if !asPlugins {
+		conf["version"] = 3
+		sections := conf["plugins"].(table)
+		for key, uri := range map[string]string{"grpc": "io.containerd.server.v1.grpc", "ttrpc": "io.containerd.server.v1.ttrpc"} {
+			conf[key] = sections[uri]
+			delete(sections, uri)
+		}
+		// Before 2.3 the handler's own snapshotter does not reach the image service.
+		images["runtime_platforms"] = table{Guest: table{"snapshotter": snapshotter}}
 	}
 	for what, text := range map[string]string{
 		"Options.PluginConfig": "[plugins.'io.containerd.snapshotter.v1.guest-pull']\n" + o.PluginConfig,

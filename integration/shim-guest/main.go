@@ -26,7 +26,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	bootapi "github.com/containerd/containerd/api/runtime/bootstrap/v1"
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2/manager"
 	"github.com/containerd/containerd/v2/pkg/shim"
@@ -55,41 +54,27 @@ func main() {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", runtimeName, err)
 		os.Exit(1)
 	}
-	shim.RunShim(context.Background(), guestManager{manager.NewShimManager(runtimeName)})
+	runShim(context.Background(), guestManager{manager.NewShimManager(runtimeName)})
 }
 
 // guestManager is the manager of the runc shim: the grouping and the sockets are
 // the same.
 type guestManager struct {
-	shim.Shim
-}
-
-// Start starts the server process, which has to enter its guest first.
-func (m guestManager) Start(ctx context.Context, params *bootapi.BootstrapParams) (*bootapi.BootstrapResult, error) {
-	if err := os.Setenv(stageEnv, stageEnter); err != nil {
-		return nil, err
-	}
-	return m.Shim.Start(ctx, params)
+	runcManager
 }
 
 // Stop cleans up after a shim that is dead. For the guest itself there is nothing
 // to do: it lives in the mount namespace of the shim and of its containers.
 func (m guestManager) Stop(ctx context.Context, id string) (shim.StopStatus, error) {
-	status, err := m.Shim.Stop(ctx, id)
+	status, err := m.runcManager.Stop(ctx, id)
 	removeSockets(ctx, id)
 	return status, err
 }
 
 // removeSockets removes the sockets of a dead shim, which the runc shim leaves.
-// The working directory is the bundle; the link to the directory of the sockets
-// is in the one that the shim was started for.
 func removeSockets(ctx context.Context, id string) {
-	dir, err := os.Readlink("s")
-	if err != nil {
-		return
-	}
 	for _, debug := range []bool{false, true} {
-		address, err := shim.CreateSocketAddress(ctx, dir, os.Getenv("GRPC_ADDRESS"), id, debug)
+		address, err := socketAddress(ctx, id, debug)
 		if err != nil || shim.CanConnect(address) {
 			continue
 		}
@@ -102,5 +87,5 @@ func removeSockets(ctx context.Context, id string) {
 // Info describes the runtime. The runtime options are not looked at: they may be
 // of the generic type, which the runc shim refuses.
 func (m guestManager) Info(ctx context.Context, _ io.Reader) (*types.RuntimeInfo, error) {
-	return m.Shim.Info(ctx, strings.NewReader(""))
+	return m.runcManager.Info(ctx, strings.NewReader(""))
 }

@@ -1,0 +1,43 @@
+//go:build containerd_2_2
+
+/*
+   Copyright The guest-pull Authors.
+
+   Licensed under the Apache License, Version 2.0 (the "License");
+   you may not use this file except in compliance with the License.
+   You may obtain a copy of the License at
+
+       http://www.apache.org/licenses/LICENSE-2.0
+
+   Unless required by applicable law or agreed to in writing, software
+   distributed under the License is distributed on an "AS IS" BASIS,
+   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+   See the License for the specific language governing permissions and
+   limitations under the License.
+*/
+
+package main
+
+import (
+	"context"
+	"os"
+
+	"github.com/containerd/containerd/v2/pkg/shim"
+)
+
+type runcManager = shim.Manager
+
+func runShim(ctx context.Context, m guestManager) { shim.Run(ctx, m) }
+
+// Start starts the server process, which has to enter its guest first.
+func (m guestManager) Start(ctx context.Context, id string, opts shim.StartOpts) (shim.BootstrapParams, error) {
+	if err := os.Setenv(stageEnv, stageEnter); err != nil {
+		return shim.BootstrapParams{}, err
+	}
+	return m.runcManager.Start(ctx, id, opts)
+}
+
+// socketAddress is the address of a shim's socket.
+func socketAddress(ctx context.Context, id string, debug bool) (string, error) {
+	return shim.SocketAddress(ctx, os.Getenv("GRPC_ADDRESS"), id, debug)
+}
