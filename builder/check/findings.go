@@ -250,6 +250,7 @@ func (c *checker) checkHandler(ctx context.Context, name string, r Runtime) {
 	facts := Handler{Name: name, RuntimeType: r.Type}
 	defer func() { c.report.Handlers = append(c.report.Handlers, facts) }()
 
+	platform := section(imagesURI, "runtime_platforms", name)
 	if p, ok := c.Config.Plugins.Images.RuntimePlatforms[name]; ok && p.Snapshotter != Snapshotter {
 		used := p.Snapshotter
 		if used == "" {
@@ -257,7 +258,11 @@ func (c *checker) checkHandler(ctx context.Context, name string, r Runtime) {
 		}
 		c.add(Error, "runtime-platforms", fmt.Sprintf("handler %q: runtime_platforms says snapshotter = %q, the handler %q", name, used, Snapshotter),
 			"images are pulled into the one and containers started from the other: the image is unpacked on the host, or the container is not created",
-			fmt.Sprintf("remove %s, or set snapshotter = %q in it", section(imagesURI, "runtime_platforms", name), Snapshotter))
+			fmt.Sprintf("set snapshotter = %q in %s", Snapshotter, platform))
+	} else if !ok && c.NeedsRuntimePlatforms && c.Config.Plugins.Images.Snapshotter != Snapshotter {
+		c.add(Error, "runtime-platforms", fmt.Sprintf("handler %q is not in runtime_platforms", name),
+			"CRI's image service of this containerd does not know the handler's snapshotter otherwise: images are pulled and unpacked on the host",
+			fmt.Sprintf("set snapshotter = %q in %s as well", Snapshotter, platform))
 	}
 	path, wanted := shimPath(c.Host, r, c.Daemon.Binary)
 	if path == "" {

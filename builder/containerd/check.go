@@ -86,7 +86,7 @@ const grpcSection = "io.containerd.server.v1.grpc"
 func quiet() error { return log.SetLevel("fatal") }
 
 func checkInput(ctx context.Context, cmd *cli.Command) check.Input {
-	var in check.Input
+	in := check.Input{NeedsRuntimePlatforms: needsRuntimePlatforms}
 	if patches != "" {
 		in.Patches = strings.Split(patches, ",")
 	}

@@ -31,6 +31,10 @@ import (
 	guestpull "github.com/guest-pull/guest-pull-snapshotter/plugin"
 )
 
+// needsRuntimePlatforms is false from 2.3 on: CRI tells its image service the
+// handlers' snapshotters (containerd, plugins/cri/cri.go).
+const needsRuntimePlatforms = false
+
 // unpackConfig is an entry of the transfer service's unpack_config
 // (containerd, plugins/transfer/plugin.go, unpackConfiguration).
 type unpackConfig struct {

@@ -30,6 +30,10 @@ import (
 	guestpull "github.com/guest-pull/guest-pull-snapshotter/plugin"
 )
 
+// needsRuntimePlatforms: CRI does not tell its image service the handlers'
+// snapshotters.
+const needsRuntimePlatforms = true
+
 // unpackConfig is an entry of the transfer service's unpack_config
 // (containerd, plugins/transfer/plugin.go, unpackConfiguration).
 type unpackConfig struct {
