@@ -72,7 +72,7 @@ func TestAuthentication(t *testing.T) {
 			img := push(t, private, images.Spec{Name: "private", Layers: 3})
 
 			t.Run("absent and wrong", func(t *testing.T) {
-				record(t, authorization, scheme.name+" auth, imagePullSecrets absent or wrong: the event names the image and says that access was denied")
+				record(t, authentication, scheme.name+" auth, imagePullSecrets absent or wrong: the event names the image and says that access was denied")
 				for _, secret := range []string{"", "wrong"} {
 					p := pod("guest-refused"+secret, harness.Guest, secret, img)
 					n.create(t, p)
@@ -88,7 +88,7 @@ func TestAuthentication(t *testing.T) {
 				require.Empty(t, private.Log().By(registry.Guest))
 			})
 			t.Run("right", func(t *testing.T) {
-				record(t, authorization, scheme.name+" auth, imagePullSecrets right: guest and runc pods run, no layer for the guest pod on the host")
+				record(t, authentication, scheme.name+" auth, imagePullSecrets right: guest and runc pods run, no layer for the guest pod on the host")
 				p := pod("guest", harness.Guest, "right", img)
 				n.run(t, p)
 				n.requireRuns(t, p.Name, "main", img)
@@ -99,14 +99,14 @@ func TestAuthentication(t *testing.T) {
 				n.requireRuns(t, p.Name, "main", img)
 			})
 			t.Run("present", func(t *testing.T) {
-				record(t, authorization, scheme.name+" auth: a pod without imagePullSecrets does not get an image that is there because another pod had them")
+				record(t, authentication, scheme.name+" auth: a pod without imagePullSecrets does not get an image that is there because another pod had them")
 				p := pod("guest-free-rider", harness.Guest, "", img)
 				n.create(t, p)
 				event := n.waitEvent(t, p.Name, "Warning Failed", img.Ref)
 				require.Regexp(t, `401 Unauthorized|authorization failed|access denied`, event)
 			})
 			t.Run("guest", func(t *testing.T) {
-				record(t, authorization, scheme.name+" auth, the guest has no credentials: the event says that it is the guest that was refused")
+				record(t, authentication, scheme.name+" auth, the guest has no credentials: the event says that it is the guest that was refused")
 				other := push(t, elsewhere, images.Spec{Name: "elsewhere", Layers: 3})
 				p := pod("guest-without", harness.Guest, "right", other)
 				n.create(t, p)
@@ -115,7 +115,7 @@ func TestAuthentication(t *testing.T) {
 				n.delete(t, p.Name)
 			})
 			t.Run("secrets", func(t *testing.T) {
-				record(t, authorization, scheme.name+" auth: no credentials in any file, log, label, annotation, event or mount option of the node")
+				record(t, authentication, scheme.name+" auth: no credentials in any file, log, label, annotation, event or mount option of the node")
 				requireNoSecret(t, n)
 			})
 		})

@@ -61,6 +61,7 @@ type Kubelet struct {
 	port    string
 	config  map[string]any
 	client  *http.Client
+	turn    net.Listener
 	undo    host
 	process *program
 }
@@ -72,8 +73,18 @@ type Kubelet struct {
 // Kubelet has a few paths that cannot be chosen: it makes links in
 // /var/log/containers and a socket in /var/lib/kubelet/device-plugins. It also
 // sets sysctls. [Kubelet.Up] and [Kubelet.Close] take that back. On a machine that has a kubelet
-// already it would disturb that one, and is refused.
+// already it would disturb that one, and is refused; for the one of another run
+// of the tests it waits.
 func (c *Control) StartKubelet(ctx context.Context, n *harness.Node, o KubeletOptions) (_ *Kubelet, err error) {
+	turn, err := takeTurn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			turn.Close()
+		}
+	}()
 	if conn, err := net.Dial("unix", devicePlugins+"/kubelet.sock"); err == nil {
 		conn.Close()
 		return nil, errors.New("this machine runs a kubelet already, and " + devicePlugins + " is for one only; run the tests on another machine")
@@ -82,7 +93,7 @@ func (c *Control) StartKubelet(ctx context.Context, n *harness.Node, o KubeletOp
 	// A kubelet that is named by an address takes that for the address of its
 	// node; so each one has an address of its own, all of them on loopback.
 	ip := net.IPv4(127, 0, 1, byte(c.kubelets))
-	k := &Kubelet{Name: ip.String(), Node: n, control: c, dir: filepath.Join(n.Dir(), "k")}
+	k := &Kubelet{Name: ip.String(), Node: n, control: c, turn: turn, dir: filepath.Join(n.Dir(), "k")}
 	if err := os.Mkdir(k.dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -349,7 +360,26 @@ func (k *Kubelet) Close(ctx context.Context) error {
 	if os.Getenv("GUEST_PULL_KEEP") == "" {
 		errs = append(errs, os.RemoveAll(k.dir))
 	}
+	k.turn.Close()
 	return errors.Join(errs...)
+}
+
+// takeTurn waits until no other run of the tests has a kubelet. The name is in the
+// kernel only, and free again when its owner ends, however that happens.
+func takeTurn(ctx context.Context) (net.Listener, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Minute)
+	defer cancel()
+	for {
+		l, err := net.Listen("unix", "@guest-pull-test-kubelet")
+		if err == nil || !errors.Is(err, unix.EADDRINUSE) {
+			return l, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("another run of the Kubernetes tests has a kubelet: %w", ctx.Err())
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
 }
 
 func (k *Kubelet) writeKubeconfig() error {
