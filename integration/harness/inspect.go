@@ -380,16 +380,17 @@ func (n *Node) removeCgroups(ctx context.Context) error {
 	return poll(ctx, func() error {
 		var errs []error
 		for _, m := range mounts {
-			errs = append(errs, removeTree(filepath.Join(m.Mountpoint, n.id)))
+			errs = append(errs, RemoveCgroup(filepath.Join(m.Mountpoint, n.id)))
 		}
 		return errors.Join(errs...)
 	})
 }
 
-// removeTree removes directories only: the files of a cgroup go with it.
-func removeTree(root string) error {
+// RemoveCgroup removes a cgroup, by its directory, and those below it. Only
+// directories can be removed: the files of a cgroup go with it.
+func RemoveCgroup(dir string) error {
 	var dirs []string
-	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}

@@ -32,6 +32,8 @@ import (
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
+
+	"github.com/guest-pull/guest-pull-snapshotter/integration/harness"
 )
 
 // The suites use fixed paths, fixed host names and fixed process names, and end
@@ -106,7 +108,7 @@ func removeCgroups(name string) error {
 	for _, m := range mounts {
 		// The processes of the sandbox are dead; the kernel may need a moment.
 		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(100 * time.Millisecond) {
-			err = removeTree(filepath.Join(m.Mountpoint, name))
+			err = harness.RemoveCgroup(filepath.Join(m.Mountpoint, name))
 			if err == nil || time.Now().After(deadline) {
 				break
 			}
@@ -143,26 +145,6 @@ func thaw(name string) error {
 			}
 			return err
 		}))
-	}
-	return err
-}
-
-// removeTree removes directories only: the files of a cgroup go with it.
-func removeTree(root string) error {
-	var dirs []string
-	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
-		if err == nil && d.IsDir() {
-			dirs = append(dirs, path)
-		}
-		return err
-	})
-	for _, d := range slices.Backward(dirs) {
-		if rmErr := unix.Rmdir(d); rmErr != nil && !errors.Is(rmErr, fs.ErrNotExist) {
-			err = errors.Join(err, fmt.Errorf("rmdir %s: %w", d, rmErr))
-		}
 	}
 	return err
 }
