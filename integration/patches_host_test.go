@@ -80,13 +80,14 @@ func TestPatchNoMountOnTheHost(t *testing.T) {
 func TestPatchUserName(t *testing.T) {
 	eachContainerd(t, func(t *testing.T, binaries string) {
 		n, reg := newMixedNode(t, harness.Options{Binaries: binaries})
+		// Kubelet gives "app" in both cases.
 		for i, user := range []string{"app", "app:extra"} {
 			img := push(t, reg, images.Spec{Name: fmt.Sprintf("named-%d", i), Layers: 2, User: user})
 			pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
 			_, failed := pod.Run(t.Context(), harness.ContainerSpec{Image: img.Ref})
 			require.Error(t, failed)
 			var err error
-			for _, s := range []string{`user "app"`, img.Ref, "securityContext:", "runAsUser: ", "runAsGroup: "} {
+			for _, s := range []string{`user "app`, img.Ref, "securityContext:", "runAsUser: ", "runAsGroup: "} {
 				if !strings.Contains(failed.Error(), s) {
 					err = fmt.Errorf("the error does not say %q: %w", s, failed)
 				}
@@ -99,6 +100,23 @@ func TestPatchUserName(t *testing.T) {
 			// On the host the names are there.
 			require.NoError(t, runAs(t.Context(), runPod(t, n, harness.PodSpec{Handler: harness.Runc}), push(t, reg, images.Spec{Name: fmt.Sprintf("runc-%d", i), User: user})))
 		}
+	})
+}
+
+// Of an image's USER kubelet gives the uid, and containerd looks up the group in
+// /etc/passwd of the image, which the host does not have.
+func TestPatchUserGroup(t *testing.T) {
+	eachContainerd(t, func(t *testing.T, binaries string) {
+		n, reg := newMixedNode(t, harness.Options{Binaries: binaries})
+		img := push(t, reg, images.Spec{Name: "app", Layers: 2, User: "1000:2000"})
+		id := int64(1000)
+		c := run(t, runPod(t, n, harness.PodSpec{Handler: harness.Guest}), harness.ContainerSpec{Image: img.Ref, RunAsUser: &id})
+		out, err := c.Exec(t.Context(), "id", "-g")
+		require.NoError(t, err)
+		if out != "2000\n" {
+			err = fmt.Errorf("the group is %q", out)
+		}
+		requireFixed(t, n, "0011", err, `the group is "0\n"`)
 	})
 }
 

@@ -16,6 +16,7 @@ limitations under the License.
 package cluster_test
 
 import (
+	"cmp"
 	"fmt"
 	"strings"
 	"testing"
@@ -101,8 +102,9 @@ func TestSeveralAtOnce(t *testing.T) {
 // security context, and never root's because something was not found: kubelet
 // takes an image that it does not find for one of root's. Kubelet passes on an
 // image's uid, not its group, so containerd looks into the image for the group
-// and for supplementary ones; where the host has none of the image, they are
-// right with resolve_users, and else only if the pod gives them.
+// and for supplementary ones. Where the host has none of the image, they are as
+// under runc with resolve_users; else the group is that of USER, and it is 0 and
+// the others are missing only if neither USER nor the pod gives them.
 func TestUsers(t *testing.T) {
 	yes := true
 	i64 := func(i int64) *int64 { return &i }
@@ -112,15 +114,21 @@ func TestUsers(t *testing.T) {
 		// runAsGroup is the container's: containerd refuses that of a pod that
 		// does not give runAsUser too.
 		runAsGroup *int64
-		// uid:gid and all groups, under runc and, by default, in a guest.
-		runc, guest string
+		// uid:gid and all groups, under runc, in a guest by default, and in a guest
+		// with resolve_users if that is not as under runc.
+		runc, guest, resolved string
 	}{
 		{name: "root", what: "no USER", runc: "0:0 0", guest: "0:0 0"},
 		{name: "numeric", what: "USER 1000:1000", user: "1000:1000",
-			runc: "1000:1000 1000 2000", guest: "1000:0 0"},
+			runc: "1000:1000 1000 2000", guest: "1000:1000 1000"},
 		{name: "nonroot", what: "USER 1000:1000 and runAsNonRoot", user: "1000:1000",
 			security: corev1.PodSecurityContext{RunAsNonRoot: &yes},
-			runc:     "1000:1000 1000 2000", guest: "1000:0 0"},
+			runc:     "1000:1000 1000 2000", guest: "1000:1000 1000"},
+		{name: "number", what: "USER 1000", user: "1000",
+			runc: "1000:1000 1000 2000", guest: "1000:0 0"},
+		// Without an entry in /etc/passwd the group would be 0.
+		{name: "unlisted", what: "USER 5000:6000, a user that /etc/passwd does not have", user: "5000:6000",
+			runc: "5000:0 0", guest: "5000:6000 6000", resolved: "5000:6000 6000"},
 		{name: "group", what: "USER 1000:1000 and runAsGroup", user: "1000:1000",
 			runAsGroup: i64(1000),
 			runc:       "1000:1000 1000 2000", guest: "1000:1000 1000"},
@@ -143,7 +151,7 @@ func TestUsers(t *testing.T) {
 			n := newNode(t, options{Options: harness.Options{PluginConfig: "resolve_users = '" + resolve + "'"}})
 			for _, c := range cases {
 				if resolve == "registry" {
-					c.guest = c.runc
+					c.guest = cmp.Or(c.resolved, c.runc)
 				}
 				if c.guest == "" {
 					continue // see below
@@ -151,7 +159,7 @@ func TestUsers(t *testing.T) {
 				t.Run(c.name, func(t *testing.T) {
 					outcome := "as under runc"
 					if c.guest != c.runc {
-						outcome = "the groups are those that the pod gives, or 0: " + c.guest + ", under runc " + c.runc
+						outcome = c.guest + ", under runc " + c.runc
 					}
 					record(t, compatibility, fmt.Sprintf("users, resolve_users %s: %s, both orders: %s", resolve, c.what, outcome))
 					for _, order := range [][]string{{harness.Guest, harness.Runc}, {harness.Runc, harness.Guest}} {
@@ -199,6 +207,13 @@ func TestUsers(t *testing.T) {
 				require.Equal(t, "1000:1000 1000", ids(t, n, "by-name-fixed"))
 				n.run(t, n.Pod("by-name-runc", harness.Runc, main(img)))
 				require.Equal(t, "1000:1000 1000 2000", ids(t, n, "by-name-runc"))
+			})
+
+			t.Run("group by name", func(t *testing.T) {
+				record(t, compatibility, "users, resolve_users off: USER 1000:app: the event has the securityContext that makes it run")
+				img := n.push(t, images.Spec{Name: "group-by-name", Layers: 2, User: "1000:app"})
+				n.create(t, n.Pod("group-by-name", harness.Guest, main(img)))
+				n.waitEvent(t, "group-by-name", "Warning", "runAsUser: 1000", `runAsGroup: <GID of "app" in the image>`)
 			})
 
 			t.Run("refused", func(t *testing.T) {
