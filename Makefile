@@ -117,8 +117,12 @@ $(DEBIAN_ROOT):
 	chroot $@.tmp sh -c 'apt-get update -qq && apt-get install -qq -y --download-only --no-install-recommends runc fuse3 containerd rpm >/dev/null'
 	mv $@.tmp $@
 
-test-packages: DEBIAN_PACKAGES += cpio debootstrap lintian rpm
-test-packages: deps package $(DEBIAN_ROOT) ## install, upgrade, remove and purge the packages in a Debian root, and check them with lintian
+# By a make of its own: deps may have been made already, with another list.
+packages-deps:
+	@$(MAKE) --no-print-directory deps DEBIAN_PACKAGES='cpio debootstrap lintian rpm'
+.PHONY: packages-deps
+
+test-packages: packages-deps package $(DEBIAN_ROOT) ## install, upgrade, remove and purge the packages in a Debian root, and check them with lintian
 	DIST='$(abspath $(DIST))' DEBIAN_ROOT='$(abspath $(DEBIAN_ROOT))' $(GO) test -tags packages -count=1 -timeout 1h ./builder/package/
 .PHONY: test-packages
 

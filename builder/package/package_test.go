@@ -264,7 +264,7 @@ echo '# a comment of mine' >>` + configFile)
 		assert.Empty(t, r.run("ls -d /usr/bin/containerd* /usr/bin/ctr /usr/bin/*guest-pull* /lib/systemd/system/containerd.service 2>/dev/null || true"))
 
 		r.run("apt-get purge -y " + pkg)
-		assert.Empty(t, r.run("find / -xdev -path /proc -prune -o \\( -path '*containerd*' -o -path '*guest-pull*' \\) -not -path '/packages*' -not -path '/var/lib/containerd*' -not -path '/root/*' -not -path '/opt/containerd*' -not -path '/var/lib/apt/*' -print"))
+		assert.Empty(t, r.run("find / -xdev -path /proc -prune -o \\( -path '*containerd*' -o -path '*guest-pull*' \\) -not -path '/packages*' -not -path '/var/lib/containerd*' -not -path '/root/*' -not -path '/opt/containerd*' -not -path '/var/lib/apt/*' -not -path '/var/cache/apt/*' -print"))
 		assert.NotContains(t, r.installed(), pkg)
 	})
 }
