@@ -119,7 +119,7 @@ $(DEBIAN_ROOT):
 
 # By a make of its own: deps may have been made already, with another list.
 packages-deps:
-	@$(MAKE) --no-print-directory deps DEBIAN_PACKAGES='cpio debootstrap lintian rpm'
+	@$(MAKE) --no-print-directory deps DEBIAN_PACKAGES='cpio debootstrap lintian qemu-user-static rpm'
 .PHONY: packages-deps
 
 test-packages: packages-deps package $(DEBIAN_ROOT) ## install, upgrade, remove and purge the packages in a Debian root, and check them with lintian
