@@ -33,6 +33,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -201,6 +202,8 @@ func (r *root) boot() func(script string) string {
 		cmd.Env = append(os.Environ(), "DIR="+r.dir, "BOOT="+boot, fmt.Sprintf("CGROUP=guest-pull-test-%d", os.Getpid()),
 			"DIST="+variable(t, "DIST"), "DEBIAN_ROOT="+variable(t, "DEBIAN_ROOT"))
 		cmd.Stdout, cmd.Stderr = out, out
+		// The machine does not outlive tests that are interrupted.
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 		return cmd, out
 	}
 	machine, out := command(newCgroup)
