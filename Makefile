@@ -102,7 +102,7 @@ package: $(PACKAGE_TOOLS) ## build .deb, .rpm and .tar.gz for amd64 and arm64, S
 	cd $(DIST) && sha256sum * >SHA256SUMS
 .PHONY: package
 
-package-reproducible: $(PACKAGE_TOOLS) ## build the packages twice, in different directories, and compare them
+package-reproducible: $(PACKAGE_TOOLS) ## build the packages twice, in different directories, and compare them (15 minutes)
 	builder/package/reproducible.sh ARCHES='$(ARCHES)' VERSION='$(VERSION)' REVISION='$(REVISION)' \
 		SOURCE_DATE_EPOCH='$(SOURCE_DATE_EPOCH)' PACKAGE_TOOLS='$(abspath $(PACKAGE_TOOLS))'
 .PHONY: package-reproducible
@@ -117,8 +117,12 @@ $(DEBIAN_ROOT):
 	chroot $@.tmp sh -c 'apt-get update -qq && apt-get install -qq -y --download-only --no-install-recommends runc fuse3 containerd rpm >/dev/null'
 	mv $@.tmp $@
 
-test-packages: DEBIAN_PACKAGES += cpio debootstrap lintian rpm
-test-packages: deps package $(DEBIAN_ROOT) ## install, upgrade, remove and purge the packages in a Debian root, and check them with lintian
+# By a make of its own: deps may have been made already, with another list.
+packages-deps:
+	@$(MAKE) --no-print-directory deps DEBIAN_PACKAGES='cpio debootstrap lintian qemu-user-static rpm'
+.PHONY: packages-deps
+
+test-packages: packages-deps package $(DEBIAN_ROOT) ## install, upgrade, boot, remove and purge the packages in a Debian root, and check them with lintian (5 minutes)
 	DIST='$(abspath $(DIST))' DEBIAN_ROOT='$(abspath $(DEBIAN_ROOT))' $(GO) test -tags packages -count=1 -timeout 1h ./builder/package/
 .PHONY: test-packages
 
@@ -271,6 +275,6 @@ test: new-figures lint unit unit-patched integration e2e-kubernetes-core ## lint
 test-all: export GUEST_PULL_KILLS := 200
 test-all: export GUEST_PULL_CONTAINERS := 1000
 test-all: INTEGRATION_TIMEOUT := 3h
-test-all: new-figures lint unit unit-patched integration fuzz upstream e2e-kubernetes ## all tests: what `make test` runs, on a large scale, and what takes long (hours); run it before a release
+test-all: new-figures lint unit unit-patched integration fuzz upstream e2e-kubernetes test-packages package-reproducible ## all tests: what `make test` runs, on a large scale, containerd's own suites and the packages (hours); run it before a release
 	$(PRINT_FIGURES)
 .PHONY: test-all

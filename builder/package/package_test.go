@@ -33,7 +33,9 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/pelletier/go-toml/v2"
 	"github.com/stretchr/testify/assert"
@@ -127,6 +129,126 @@ func (r *root) try(script string, offline bool) (string, error) {
 		"DIST="+variable(r.t, "DIST"), "DEBIAN_ROOT="+variable(r.t, "DEBIAN_ROOT"))
 	out, err := cmd.CombinedOutput()
 	return string(out), err
+}
+
+// boot makes systemd run the root as if it were a machine, until the test ends, and
+// returns what runs a script in it. It has no network, a cgroup hierarchy of its own
+// without controllers, and devices that do no harm. systemd is only there when the
+// root is its own (pivot_root): its name is what tells that it can be entered.
+const boot = `
+set -e
+mount --make-rprivate /
+mount -t overlay overlay -o "lowerdir=$DEBIAN_ROOT,upperdir=$DIR/upper,workdir=$DIR/work" "$DIR/merged"
+cd "$DIR/merged"
+mount -t tmpfs tmpfs dev
+for d in null zero full random urandom tty fuse; do
+	touch dev/$d
+	mount --bind /dev/$d dev/$d
+done
+mkdir -p dev/pts dev/shm packages
+mount -t devpts devpts dev/pts -o newinstance,ptmxmode=0666
+ln -s pts/ptmx dev/ptmx
+ln -s /proc/self/fd dev/fd
+mount -t proc proc proc
+mount --bind proc/sys proc/sys
+mount -o remount,ro,bind proc/sys
+mount -t sysfs -o ro sysfs sys
+mount -t cgroup2 cgroup2 sys/fs/cgroup
+mount -t tmpfs tmpfs run
+mount -t tmpfs tmpfs tmp
+mount --bind "$DIST" packages
+pivot_root . mnt
+umount -l /mnt
+exec env -i container=test /lib/systemd/systemd --unit=multi-user.target --show-status=no </dev/null
+`
+
+const (
+	newCgroup = `
+set -e
+mount --make-rprivate /
+mount -t cgroup2 cgroup2 "$DIR/cgroup"
+mkdir "$DIR/cgroup/$CGROUP"
+echo $$ >"$DIR/cgroup/$CGROUP/cgroup.procs"
+exec unshare --mount --pid --fork --kill-child --net --uts --ipc --cgroup sh -c "$BOOT"
+`
+	removeCgroup = `
+set -e
+mount --make-rprivate /
+mount -t cgroup2 cgroup2 "$DIR/cgroup"
+find "$DIR/cgroup/$CGROUP" -depth -type d -exec rmdir {} +
+`
+)
+
+// waitFor is a function of the scripts that boot's function runs.
+const waitFor = `
+set -e
+wait_for() {
+	n=0
+	until eval "$1"; do
+		n=$((n + 1))
+		[ $n -lt 300 ] || { echo "waited in vain for: $1"; exit 1; }
+		sleep 0.1
+	done
+}
+`
+
+func (r *root) boot() func(script string) string {
+	t := r.t
+	t.Helper()
+	require.NoError(t, os.Mkdir(filepath.Join(r.dir, "cgroup"), 0o755))
+	command := func(script string) (*exec.Cmd, *bytes.Buffer) {
+		out := new(bytes.Buffer)
+		cmd := exec.Command("unshare", "--mount", "sh", "-c", script)
+		cmd.Env = append(os.Environ(), "DIR="+r.dir, "BOOT="+boot, fmt.Sprintf("CGROUP=guest-pull-test-%d", os.Getpid()),
+			"DIST="+variable(t, "DIST"), "DEBIAN_ROOT="+variable(t, "DEBIAN_ROOT"))
+		cmd.Stdout, cmd.Stderr = out, out
+		// The machine does not outlive tests that are interrupted.
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		return cmd, out
+	}
+	machine, out := command(newCgroup)
+	require.NoError(t, machine.Start())
+	t.Cleanup(func() {
+		// Takes its child, the machine's first process, with it.
+		_ = machine.Process.Kill()
+		_ = machine.Wait()
+		if t.Failed() {
+			t.Log(out)
+		}
+		// The kernel takes a moment to end all the others.
+		var err error
+		for range 100 {
+			remove, out := command(removeCgroup)
+			if err = remove.Run(); err == nil {
+				return
+			}
+			err = fmt.Errorf("%w: %s", err, out)
+			time.Sleep(100 * time.Millisecond)
+		}
+		assert.NoError(t, err)
+	})
+
+	var init string
+	inside := func(args ...string) *exec.Cmd {
+		return exec.Command("nsenter", append([]string{"--target", init, "--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup",
+			"env", "-i", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+			"HOME=/root", "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C"}, args...)...)
+	}
+	require.Eventually(t, func() bool {
+		children, _ := os.ReadFile(fmt.Sprintf("/proc/%[1]d/task/%[1]d/children", machine.Process.Pid))
+		init = strings.TrimSpace(string(children))
+		comm, _ := os.ReadFile("/proc/" + init + "/comm")
+		return init != "" && string(comm) == "systemd\n" && inside("test", "-S", "/run/systemd/private").Run() == nil
+	}, 30*time.Second, 100*time.Millisecond)
+
+	run := func(script string) string {
+		t.Helper()
+		b, err := inside("sh", "-c", waitFor+script).CombinedOutput()
+		require.NoError(t, err, "%s\n%s", script, b)
+		return string(b)
+	}
+	t.Log("systemd is " + run("systemctl is-system-running --wait || systemctl --no-pager --failed"))
+	return run
 }
 
 func (r *root) run(script string) string {
@@ -264,7 +386,7 @@ echo '# a comment of mine' >>` + configFile)
 		assert.Empty(t, r.run("ls -d /usr/bin/containerd* /usr/bin/ctr /usr/bin/*guest-pull* /lib/systemd/system/containerd.service 2>/dev/null || true"))
 
 		r.run("apt-get purge -y " + pkg)
-		assert.Empty(t, r.run("find / -xdev -path /proc -prune -o \\( -path '*containerd*' -o -path '*guest-pull*' \\) -not -path '/packages*' -not -path '/var/lib/containerd*' -not -path '/root/*' -not -path '/opt/containerd*' -not -path '/var/lib/apt/*' -print"))
+		assert.Empty(t, r.run("find / -xdev -path /proc -prune -o \\( -path '*containerd*' -o -path '*guest-pull*' \\) -not -path '/packages*' -not -path '/var/lib/containerd*' -not -path '/root/*' -not -path '/opt/containerd*' -not -path '/var/lib/apt/*' -not -path '/var/cache/apt/*' -print"))
 		assert.NotContains(t, r.installed(), pkg)
 	})
 }
@@ -358,6 +480,114 @@ apt-get install -y /root/docker.io.deb`)
 	r.run("apt-get install -y /root/docker-ce.deb")
 	assert.Equal(t, "test-docker-ce ii\ntest-docker.io ii\n",
 		r.run("dpkg-query -W -f '${Package} ${db:Status-Abbrev}\n' 'test-*' | tr -s ' ' | sed 's/ $//'"))
+}
+
+// Everything that the packages do with a systemd that runs, on a node that has a
+// container: from Debian's containerd to this one, a crash, an upgrade and removal.
+// The container keeps running, and each containerd can work with it.
+func TestBooted(t *testing.T) {
+	r := newRoot(t)
+	r.run("apt-get install -y -qq --no-install-recommends containerd fuse3")
+	deb := filepath.Base(one(t, "*_"+runtime.GOARCH+".deb"))
+	run := r.boot()
+
+	daemon := func() string {
+		t.Helper()
+		return strings.TrimSpace(run("systemctl show --property MainPID --value containerd"))
+	}
+	active := func() {
+		t.Helper()
+		run("wait_for 'ctr version >/dev/null 2>&1'")
+		assert.Equal(t, "active\n", run("systemctl is-active containerd"))
+	}
+	processes := func(name string) string {
+		t.Helper()
+		return run("grep -lxs " + name + " /proc/[0-9]*/comm || true")
+	}
+
+	active()
+	assert.NotContains(t, run("ctr version"), "guest-pull")
+	// What ctr specifies by itself needs the cgroup controller of the CPU.
+	run(`
+mkdir -p /srv/root/proc
+cp --parents /bin/sleep $(ldd /bin/sleep | grep -o '/lib[^ ]*') /srv/root
+cd /srv
+runc spec
+sed -i -e 's,"sh"$,"/bin/sleep"\, "10000",' -e 's,"path": "rootfs","path": "/srv/root",' \
+	-e 's,"terminal": true,"terminal": false,' -e 's,"linux": {,&"cgroupsPath": "/default/kept"\,,' config.json
+ctr run --detach --config /srv/config.json kept
+wait_for 'grep -qxs sleep /proc/[0-9]*/comm'`)
+	container := processes("sleep")
+	runs := func() {
+		t.Helper()
+		assert.Equal(t, container, processes("sleep"))
+		assert.Regexp(t, `kept\s+\d+\s+RUNNING`, run("ctr tasks ls"))
+	}
+	runs()
+
+	run("apt-get install -y /packages/" + deb)
+	active()
+	assert.Contains(t, run("ctr version"), "+guest-pull.")
+	runs()
+	// Debian's configuration, of version 2, is in force. Warnings are all right.
+	assert.Contains(t, run("containerd guest-pull check"), "\n0 errors, ")
+
+	t.Run("it comes back after a crash", func(t *testing.T) {
+		before := daemon()
+		run("kill -KILL " + before + "; sleep 1")
+		active()
+		assert.NotEqual(t, before, daemon())
+		runs()
+	})
+
+	t.Run("an upgrade restarts it", func(t *testing.T) {
+		before := daemon()
+		run(`
+dpkg-deb -R /packages/` + deb + ` /root/next
+sed -i 's/^Version: .*/Version: 99-1/' /root/next/DEBIAN/control
+dpkg-deb --build -Znone /root/next /root/next.deb >/dev/null
+apt-get install -y /root/next.deb`)
+		active()
+		assert.NotEqual(t, before, daemon())
+		runs()
+	})
+
+	t.Run("the container ends in order", func(t *testing.T) {
+		run("ctr tasks kill --signal SIGKILL kept; wait_for 'ctr tasks ls | grep -q STOPPED'; ctr tasks rm kept; ctr containers rm kept")
+		assert.Empty(t, processes("sleep")+processes("containerd-shim"))
+	})
+
+	t.Run("removal stops it", func(t *testing.T) {
+		run("apt-get remove -y " + pkg)
+		assert.Empty(t, processes("containerd"))
+		assert.Empty(t, run("systemctl --no-pager --plain --no-legend list-units containerd.service"))
+		assert.Empty(t, run("ls /run/containerd/containerd.sock 2>/dev/null || true"))
+	})
+}
+
+// The packages of the architecture that this machine does not have: its programs
+// start, under emulation, which a program that was built for another machine, or
+// that needs a loader, does not.
+func TestOtherArchitecture(t *testing.T) {
+	arch, qemu := "arm64", "qemu-aarch64-static"
+	if runtime.GOARCH == arch {
+		arch, qemu = "amd64", "qemu-x86_64-static"
+	}
+	dir := t.TempDir()
+	host(t, "tar", "-C", dir, "-xzf", one(t, "*-linux-"+arch+".tar.gz"))
+	for _, c := range []struct{ args, want string }{
+		{"containerd --version", "+guest-pull."},
+		{"containerd guest-pull version", "patches:\n  0001-"},
+		{"containerd config default", "[plugins.'" + pluginURI + "']"},
+		{"ctr --version", "+guest-pull."},
+		{"containerd-shim-runc-v2 -v", "+guest-pull."},
+		{"nydus-overlayfs-guest-pull --version", "guest-pull-overlayfs "},
+		{"nydus-overlayfs-guest-pull overlay /mnt -f -v -o lowerdir=/a:/b,ro,io.katacontainers.volume=e30=", "overlay mounted on /mnt"},
+	} {
+		args := strings.Fields(c.args)
+		out := host(t, qemu, append([]string{filepath.Join(dir, "bin", args[0])}, args[1:]...)...)
+		assert.Contains(t, out, c.want, c.args)
+	}
 }
 
 // Errors of lintian are errors of the package; its warnings are shown.

@@ -6,7 +6,7 @@
 # two builds have the same sources, and the given variables of make; they differ in
 # their directory, its length, the time, the time zone, the umask, the language
 # and the order of directory entries, and the second one starts from an empty
-# cache.
+# cache. PACKAGE_TOOLS are made once: they are in no package.
 set -euo pipefail
 
 work=$(mktemp -d)
