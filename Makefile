@@ -129,7 +129,7 @@ test-packages: packages-deps package $(DEBIAN_ROOT) ## install, upgrade, boot, r
 # The latest patch of each minor version of containerd that is supported.
 VERSIONS ?= v2.2.9 v2.3.7 $(CONTAINERD_VERSION)
 
-versions: deps patched ## build and test with each of these versions of containerd (13 minutes); a table goes to README.md
+versions: deps patched ## build and test with each of these versions of containerd (ten minutes); the table goes to README.md
 	@mkdir -p $(BUILD_DIR)/versions
 	CONTAINERD_VERSION=$(CONTAINERD_VERSION) GUEST_PULL_VERSION=$(VERSION) \
 		builder/versions/versions.sh $(VERSIONS) >$(BUILD_DIR)/versions/table.md; \
