@@ -18,7 +18,7 @@ set -uo pipefail
 
 module=github.com/containerd/containerd/v2
 main=$(go list -m)
-: "${TESTS:=^($(sed -n 's/^func \(Test[A-Za-z0-9]*\)(.*/\1/p' integration/{pull,lifecycle,ctr}_test.go | paste -sd '|'))$}"
+: "${TESTS:=^($(sed -n 's/^func \(Test[A-Za-z0-9]*\)(.*/\1/p' integration/{pull,lifecycle,ctr,auth,registry,check,exhaustion}_test.go | paste -sd '|'))$}"
 
 # modfile VERSION DIR makes DIR/go.mod. Modules that this containerd does not have
 # come from the main go.mod.
@@ -79,12 +79,13 @@ guest() {
 
 unit() {
 	go vet -modfile="$dir/go.mod" -tags "$tag" ./plugin/... ./overlayhelper/... ./builder/containerd/ &&
-		go test -count=1 -modfile="$dir/go.mod" -tags "$tag" ./plugin/ ./plugin/volume/... ./plugin/metrics/... ./overlayhelper/... &&
+		go test -count=1 -modfile="$dir/go.mod" -tags "$tag" ./plugin/ ./plugin/volume/... ./plugin/metrics/... ./overlayhelper/... ./builder/check/ ./builder/containerd/ &&
 		go test -count=1 -modfile="$dir/go.mod" -tags "$tag" ./plugin/users/ ./plugin/snapshotter/... -args -test.root
 }
 
+# integration runs on a small scale, and does not count among what `make test` sees.
 integration() {
-	(cd integration && GUEST_PULL_CONTAINERD=$dir/bin go test -count=1 -timeout 30m -v -run "$TESTS" .)
+	(cd integration && env -u GUEST_PULL_CONTAINERS -u GUEST_PULL_FIGURES GUEST_PULL_CONTAINERD="$dir/bin" go test -count=1 -timeout 30m -v -run "$TESTS" .)
 }
 
 failed=0

@@ -367,7 +367,7 @@ func TestUserStore(t *testing.T) {
 	intact, err := os.ReadFile(path)
 	require.NoError(t, err)
 	for name, damaged := range map[string][]byte{
-		"half":        intact[:len(intact)/2],
+		"cut off":     intact[:bytes.Index(intact, big)+len(big)/2],
 		"first pages": intact[:12<<10],
 		"text":        []byte(strings.Repeat("text\n", 10000)),
 		"garbage":     append(bytes.Clone(intact[:8192]), bytes.Repeat([]byte{0x5a}, len(intact)-8192)...),
@@ -376,6 +376,7 @@ func TestUserStore(t *testing.T) {
 			require.NoError(t, os.WriteFile(path, damaged, 0o600))
 			s, err := openUserStore(t.Context(), path)
 			require.NoError(t, err)
+			defer s.close()
 			chains, err := s.chains()
 			require.NoError(t, err)
 			require.Empty(t, chains)
