@@ -31,6 +31,7 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	bolt "go.etcd.io/bbolt"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/guest-pull/guest-pull-snapshotter/integration/harness"
@@ -118,6 +119,44 @@ func TestPatchUserGroup(t *testing.T) {
 		}
 		requireFixed(t, n, "0011", err, `the group is "0\n"`)
 	})
+}
+
+// Each transaction of the metadata store waits for the disk twice. A pull takes as
+// many for an image of many layers as for one of few.
+func TestPatchTransactions(t *testing.T) {
+	eachContainerd(t, func(t *testing.T, binaries string) {
+		n, reg := newMixedNode(t, harness.Options{Binaries: binaries})
+		pull := func(layers int) int {
+			img := push(t, reg, images.Spec{Name: fmt.Sprintf("layers-%d", layers), Layers: layers})
+			before := transactions(t, n)
+			_, err := n.Pull(t.Context(), harness.PullSpec{Image: img.Ref, Handler: harness.Guest, Hint: harness.HintImageSpec})
+			require.NoError(t, err)
+			return transactions(t, n) - before
+		}
+		few, many := pull(2), pull(42)
+		var err error
+		// Garbage collection may come at any time.
+		if many > few+10 {
+			err = fmt.Errorf("%d transactions for 2 layers, many more for 42: %d", few, many)
+		}
+		requireFixed(t, n, "0012", err, "many more")
+	})
+}
+
+// transactions returns how many transactions the metadata store of a node has
+// committed so far. It can only be opened while containerd is down.
+func transactions(t *testing.T, n *harness.Node) (id int) {
+	t.Helper()
+	require.NoError(t, n.Down())
+	defer func() { require.NoError(t, n.Up(t.Context())) }()
+	db, err := bolt.Open(filepath.Join(n.Root(), "io.containerd.metadata.v1.bolt", "meta.db"), 0o600, &bolt.Options{ReadOnly: true})
+	require.NoError(t, err)
+	defer db.Close()
+	require.NoError(t, db.View(func(tx *bolt.Tx) error {
+		id = tx.ID()
+		return nil
+	}))
+	return id
 }
 
 // kubelet looks up the mountpoint that the statistics name, and fails if it is

@@ -67,6 +67,7 @@ func userImages() []images.Spec {
 		{Name: "none-uid", NoUsers: true, User: "101"},
 		{Name: "none-name", NoUsers: true, User: "nginx"},
 		{Name: "none-uid-group", NoUsers: true, User: "101:www"},
+		{Name: "none-uid-gid", NoUsers: true, User: "101:7"},
 		{Name: "two-megabytes", Passwd: big.String(), Group: someGroup, User: "last"},
 		{Name: "unknown-name", User: "nginx"},
 
@@ -179,7 +180,8 @@ func newUsersNode(t *testing.T, o harness.Options) (*harness.Node, *registry.Reg
 // With resolve_users a container in a guest is the user that it is under runc
 // with overlayfs on the same containerd, byte for byte in the spec, and one that
 // cannot be created there cannot be created here, and is told what to do: no name
-// ever comes out as another ID.
+// ever comes out as another ID. The exception is the group that the image gives to a
+// number that it has no user for, which Kubernetes makes 0 under runc.
 func TestUsersAreThoseOfRunc(t *testing.T) {
 	for i, path := range pullPaths[:2] {
 		t.Run(path.name, func(t *testing.T) {
@@ -218,6 +220,15 @@ func TestUsersAreThoseOfRunc(t *testing.T) {
 					require.Equal(t, before, n.Blobs(img.Layers...), "layers on the host before runc needs them")
 					for name, c := range cases {
 						want, runcErr := create(underRunc, name, c)
+						if uid := name == "image's user" || name == "runAsUser"; uid && strings.HasPrefix(spec.Name, "none-uid-g") {
+							require.Equal(t, `{"uid":101,"gid":0,"additionalGids":[0]}`, want, name)
+							if spec.Name == "none-uid-gid" {
+								require.JSONEq(t, `{"uid":101,"gid":7,"additionalGids":[7]}`, got[name], name)
+							} else {
+								require.ErrorContains(t, guestErr[name], "runAsUser: 101\n  runAsGroup: <GID of \"www\" in the image>", name)
+							}
+							continue
+						}
 						require.Equal(t, want, got[name], "%s: process.user; runc: %v; guest: %v", name, runcErr, guestErr[name])
 						if runcErr == nil {
 							same++

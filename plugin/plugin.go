@@ -105,6 +105,10 @@ func initialize(ic *plugin.InitContext) (any, error) {
 		ic.Meta.Capabilities = append(ic.Meta.Capabilities, "remap-ids")
 	}
 
+	// A layer is answered for from its name: all layers of an image can be
+	// recorded at once (patches/containerd, core/unpack, PrepareChainCap).
+	ic.Meta.Capabilities = append(ic.Meta.Capabilities, "prepare-chain")
+
 	m := metrics.New()
 	s, err := snapshotter.New(ic.Context, root, snapshotter.Config{
 		MountType:    mountType,
