@@ -185,8 +185,9 @@ unit-patched: patched ## run containerd's own tests of every package that a patc
 .PHONY: unit-patched
 
 INTEGRATION_TIMEOUT := 30m
-integration: deps build test-tools bench-binaries ## run the built binaries against a registry, with runc and with the stand-in guest
-	cd integration && $(GO) test -count=1 -timeout $(INTEGRATION_TIMEOUT) ./...
+integration: deps build test-tools bench-binaries bench-modfile ## run the built binaries against a registry, with runc and with the stand-in guest
+	cd integration && $(GO) test -count=1 -timeout $(INTEGRATION_TIMEOUT) $$($(GO) list ./... | grep -v /bench$$)
+	cd integration && $(GO) test -count=1 $(BENCH_MODFILE) ./bench
 .PHONY: integration
 
 # A Kubernetes cluster of one node, built from source once: etcd, kube-apiserver
@@ -233,7 +234,8 @@ bench-binaries: PATCH_LIST =
 
 # The benchmarks themselves are linked with the patched containerd as well: some
 # use its metadata store directly.
-BENCH_RUN = cd integration && $(GO) run -modfile=../$(BENCH)/go.mod ./bench
+BENCH_MODFILE = -modfile=../$(BENCH)/go.mod
+BENCH_RUN = cd integration && $(GO) run $(BENCH_MODFILE) ./bench
 
 bench-modfile: patched
 	@mkdir -p $(BENCH)

@@ -27,6 +27,9 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 )
 
+// atOnce is guest-pull as containerd pulls with it: an image's layers all at once.
+const atOnce = "all layers of an image at once"
+
 // layers measures what one image layer costs when all that there is to do is to
 // believe that it exists.
 func (b *bench) layers(ctx context.Context) error {
@@ -50,13 +53,16 @@ func (b *bench) layers(ctx context.Context) error {
 			var contenders []contender
 			for _, name := range names {
 				contenders = append(contenders, contender{name, func() (float64, error) {
+					if name == atOnce {
+						return stores[guestPull].timeChain(ctx, "image", layersPerImage)
+					}
 					return stores[name].timeImage(ctx, "image", layersPerImage)
 				}})
 			}
 			return interleave(ctx, disk.rounds, contenders...)
 		}
 		// Those that write more, and keep the disk busy, are on their own.
-		r, err := take(guestPull, nothing, overProxy)
+		r, err := take(guestPull, nothing, overProxy, atOnce)
 		var heavy map[string]series
 		if err == nil {
 			heavy, err = take(guestPull, overlayfs, rowPerLayer)
@@ -65,6 +71,8 @@ func (b *bench) layers(ctx context.Context) error {
 			return err
 		}
 		b.compare(disk.name, "the metadata store alone", "s", r[guestPull], r[nothing], disk.target)
+		b.compareSubject(atOnce, disk.name, "one layer after the other", "s", r[atOnce], r[guestPull], nil)
+		b.compareSubject(atOnce, disk.name, "guest-pull over a proxy socket", "s", r[atOnce], r[overProxy], nil)
 		b.compare(disk.name, "guest-pull over a proxy socket", "s", r[guestPull], r[overProxy], nil)
 		b.compare(disk.name, "overlayfs, layers empty", "s", heavy[guestPull], heavy[overlayfs], nil)
 		b.compare(disk.name, "a snapshotter that keeps a row for each layer", "s", heavy[guestPull], heavy[rowPerLayer], nil)
@@ -221,6 +229,11 @@ func (b *bench) growth(ctx context.Context) error {
 			layersPerImage, b.scale.growthRounds, atMost(1.1),
 		},
 		{
+			"prepare a layer, with %d layers in the metadata store", guestPull, atOnce, "guest-pull, all layers at once, filled with layers",
+			func(ctx context.Context, dir string, n int) error { return fillStore(ctx, dir, n) },
+			layersPerImage, b.scale.growthRounds, nil,
+		},
+		{
 			"prepare a layer, with %d layers in the metadata store", nothing, "the metadata store alone", "the metadata store alone, filled with layers",
 			func(ctx context.Context, dir string, n int) error { return fillStore(ctx, dir, n) },
 			layersPerImage, b.scale.growthRounds, nil,
@@ -268,6 +281,9 @@ func (b *bench) grow(ctx context.Context, what, backend, subject, name string, f
 		}
 		defer func() { err = errors.Join(err, s.Close()) }()
 		contenders = append(contenders, contender{name, func() (float64, error) {
+			if subject == atOnce {
+				return s.timeChain(ctx, "image", layers)
+			}
 			return s.timeImage(ctx, "image", layers)
 		}})
 	}

@@ -91,7 +91,7 @@ func (b *bench) pulls(ctx context.Context) error {
 		if layers == 60 {
 			t = atMost(1.5)
 		}
-		b.compare(what, "plain HTTP fetch of manifest and config, plus the metadata store alone", "s",
+		b.compare(what, "plain HTTP fetch of manifest and config, plus the metadata store alone, layer by layer", "s",
 			r[guestPull], each(sum, r["http"], r[nothing]), t)
 		ours.Points = append(ours.Points, point{float64(layers), summarize(each(over, r[guestPull], r["http"]))})
 		theirs.Points = append(theirs.Points, point{float64(layers), summarize(each(over, r[overlayfs], r["http"]))})

@@ -199,9 +199,39 @@ func prepare(ctx context.Context, sn snapshots.Snapshotter, i image) error {
 	return nil
 }
 
+// chainPreparer is unpack.ChainPreparer of the patched containerd.
+type chainPreparer interface {
+	PrepareChain(ctx context.Context, keys []string, opts [][]snapshots.Opt) error
+}
+
+// prepareChain prepares all layers of an image at once, as the unpacker does for
+// the guest-pull snapshotter.
+func prepareChain(ctx context.Context, sn snapshots.Snapshotter, i image) error {
+	p, ok := sn.(chainPreparer)
+	if !ok {
+		return errors.New("the benchmarks are linked with a containerd that cannot prepare a chain: use `make bench`, or -modfile as in the Makefile")
+	}
+	var keys []string
+	var opts [][]snapshots.Opt
+	for l, chainID := range i.chain {
+		keys = append(keys, fmt.Sprintf(snapshots.UnpackKeyFormat, "bench-"+strconv.Itoa(l), chainID))
+		opts = append(opts, []snapshots.Opt{snapshots.WithLabels(i.labels[l])})
+	}
+	return p.PrepareChain(ctx, keys, opts)
+}
+
 // timeImage measures prepare for a new image, under a lease as in a pull, and
 // returns the seconds for each layer.
 func (s *store) timeImage(ctx context.Context, name string, layers int) (float64, error) {
+	return s.time(ctx, name, layers, prepare)
+}
+
+// timeChain is timeImage for prepareChain.
+func (s *store) timeChain(ctx context.Context, name string, layers int) (float64, error) {
+	return s.time(ctx, name, layers, prepareChain)
+}
+
+func (s *store) time(ctx context.Context, name string, layers int, f func(context.Context, snapshots.Snapshotter, image) error) (float64, error) {
 	s.images++
 	manager := metadata.NewLeaseManager(s.DB)
 	lease, err := manager.Create(ctx, leases.WithRandomID())
@@ -209,7 +239,7 @@ func (s *store) timeImage(ctx context.Context, name string, layers int) (float64
 		return 0, err
 	}
 	i := newImage(fmt.Sprintf("%s-%d", name, s.images), layers)
-	took, err := timed(func() error { return prepare(leases.WithLease(ctx, lease.ID), s.sn, i) })
+	took, err := timed(func() error { return f(leases.WithLease(ctx, lease.ID), s.sn, i) })
 	return took / float64(layers), errors.Join(err, manager.Delete(ctx, lease))
 }
 
