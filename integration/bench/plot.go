@@ -89,6 +89,7 @@ func (r *report) draw(dir string) error {
 			}
 		}
 		p.X.Tick.Marker = plot.ConstantTicks(sizes)
+		p.X.Max *= 1.5 // room for the last label
 		if err := p.Save(18*vg.Centimeter, 11*vg.Centimeter, filepath.Join(dir, name+".svg")); err != nil {
 			return fmt.Errorf("draw %s: %w", name, err)
 		}
