@@ -54,7 +54,7 @@ func (b *bench) layers(ctx context.Context) error {
 			for _, name := range names {
 				contenders = append(contenders, contender{name, func() (float64, error) {
 					if name == atOnce {
-						return stores[guestPull].timeChain(ctx, "image", layersPerImage)
+						return stores[name].timeChain(ctx, "image", layersPerImage)
 					}
 					return stores[name].timeImage(ctx, "image", layersPerImage)
 				}})
@@ -106,12 +106,15 @@ func (b *bench) openContenders(ctx context.Context, unsafe bool) (map[string]*st
 		return nil, closeAll, err
 	}
 	closers = append(closers, closer(d.stop))
-	for _, name := range []string{guestPull, nothing, overProxy, overlayfs, rowPerLayer} {
+	for _, name := range []string{guestPull, nothing, overProxy, overlayfs, rowPerLayer, atOnce} {
 		own := filepath.Join(dir, fmt.Sprint(len(stores)))
 		var backend snapshots.Snapshotter
-		if name == overProxy {
+		switch name {
+		case overProxy:
 			backend, err = d.connect()
-		} else {
+		case atOnce:
+			backend, err = openBackend(ctx, guestPull, filepath.Join(own, "root"), false)
+		default:
 			backend, err = openBackend(ctx, name, filepath.Join(own, "root"), false)
 		}
 		if err != nil {
