@@ -31,7 +31,6 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
-	bolt "go.etcd.io/bbolt"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/guest-pull/guest-pull-snapshotter/integration/harness"
@@ -145,17 +144,12 @@ func TestPatchTransactions(t *testing.T) {
 
 // transactions returns how many transactions the metadata store of a node has
 // committed so far. It can only be opened while containerd is down.
-func transactions(t *testing.T, n *harness.Node) (id int) {
+func transactions(t *testing.T, n *harness.Node) int {
 	t.Helper()
 	require.NoError(t, n.Down())
 	defer func() { require.NoError(t, n.Up(t.Context())) }()
-	db, err := bolt.Open(filepath.Join(n.Root(), "io.containerd.metadata.v1.bolt", "meta.db"), 0o600, &bolt.Options{ReadOnly: true})
+	id, err := harness.Transactions(filepath.Join(n.Root(), "io.containerd.metadata.v1.bolt", "meta.db"))
 	require.NoError(t, err)
-	defer db.Close()
-	require.NoError(t, db.View(func(tx *bolt.Tx) error {
-		id = tx.ID()
-		return nil
-	}))
 	return id
 }
 

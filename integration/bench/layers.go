@@ -25,10 +25,9 @@ import (
 	"path/filepath"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
-)
 
-// atOnce is guest-pull as containerd pulls with it: an image's layers all at once.
-const atOnce = "all layers of an image at once"
+	"github.com/guest-pull/guest-pull-snapshotter/integration/harness"
+)
 
 // layers measures what one image layer costs when all that there is to do is to
 // believe that it exists.
@@ -53,10 +52,7 @@ func (b *bench) layers(ctx context.Context) error {
 			var contenders []contender
 			for _, name := range names {
 				contenders = append(contenders, contender{name, func() (float64, error) {
-					if name == atOnce {
-						return stores[name].timeChain(ctx, "image", layersPerImage)
-					}
-					return stores[name].timeImage(ctx, "image", layersPerImage)
+					return stores[name].timeImage(ctx, name, "image", layersPerImage)
 				}})
 			}
 			return interleave(ctx, disk.rounds, contenders...)
@@ -109,12 +105,9 @@ func (b *bench) openContenders(ctx context.Context, unsafe bool) (map[string]*st
 	for _, name := range []string{guestPull, nothing, overProxy, overlayfs, rowPerLayer, atOnce} {
 		own := filepath.Join(dir, fmt.Sprint(len(stores)))
 		var backend snapshots.Snapshotter
-		switch name {
-		case overProxy:
+		if name == overProxy {
 			backend, err = d.connect()
-		case atOnce:
-			backend, err = openBackend(ctx, guestPull, filepath.Join(own, "root"), false)
-		default:
+		} else {
 			backend, err = openBackend(ctx, name, filepath.Join(own, "root"), false)
 		}
 		if err != nil {
@@ -165,11 +158,11 @@ func (b *bench) writes(ctx context.Context) error {
 			if err := prepareImages(images); err != nil {
 				return 0, 0, err
 			}
-			own, err = commits(filepath.Join(root, "metadata.db"))
+			own, err = harness.Transactions(filepath.Join(root, "metadata.db"))
 			if err != nil {
 				return 0, 0, err
 			}
-			store, err = commits(filepath.Join(dir, "meta.db"))
+			store, err = harness.Transactions(filepath.Join(dir, "meta.db"))
 			return own, store, err
 		}
 		// The databases are made, opened without doing anything, and used.
@@ -232,7 +225,7 @@ func (b *bench) growth(ctx context.Context) error {
 			layersPerImage, b.scale.growthRounds, atMost(1.1),
 		},
 		{
-			"prepare a layer, with %d layers in the metadata store", guestPull, atOnce, "guest-pull, all layers at once, filled with layers",
+			"prepare a layer, with %d layers in the metadata store", atOnce, atOnce, "guest-pull, all layers at once, filled with layers",
 			func(ctx context.Context, dir string, n int) error { return fillStore(ctx, dir, n) },
 			layersPerImage, b.scale.growthRounds, nil,
 		},
@@ -256,7 +249,7 @@ func (b *bench) growth(ctx context.Context) error {
 	return nil
 }
 
-func (b *bench) grow(ctx context.Context, what, backend, subject, name string, fill func(context.Context, string, int) error, layers, rounds int, t *target) (err error) {
+func (b *bench) grow(ctx context.Context, what, kind, subject, name string, fill func(context.Context, string, int) error, layers, rounds int, t *target) (err error) {
 	dir, err := os.MkdirTemp(b.dir, "growth-")
 	if err != nil {
 		return err
@@ -274,7 +267,7 @@ func (b *bench) grow(ctx context.Context, what, backend, subject, name string, f
 		if err := fill(ctx, own, n); err != nil {
 			return err
 		}
-		backend, err := openBackend(ctx, backend, filepath.Join(own, "root"), false)
+		backend, err := openBackend(ctx, kind, filepath.Join(own, "root"), false)
 		if err != nil {
 			return err
 		}
@@ -284,10 +277,7 @@ func (b *bench) grow(ctx context.Context, what, backend, subject, name string, f
 		}
 		defer func() { err = errors.Join(err, s.Close()) }()
 		contenders = append(contenders, contender{name, func() (float64, error) {
-			if subject == atOnce {
-				return s.timeChain(ctx, "image", layers)
-			}
-			return s.timeImage(ctx, "image", layers)
+			return s.timeImage(ctx, kind, "image", layers)
 		}})
 	}
 	r, err := interleave(ctx, rounds, contenders...)

@@ -78,7 +78,7 @@ func (b *bench) pulls(ctx context.Context) error {
 			contender{overlayfs, func() (float64, error) { return b.timePull(ctx, img, harness.Runc) }},
 			contender{"http", func() (float64, error) { return timed(func() error { return fetch(ctx, b.reg.URL(), img) }) }},
 			contender{nothing, func() (float64, error) {
-				perLayer, err := floor.timeImage(namespace(ctx), img.name, layers)
+				perLayer, err := floor.timeImage(namespace(ctx), nothing, img.name, layers)
 				return perLayer * float64(layers), err
 			}},
 		)

@@ -53,7 +53,7 @@ func openBackend(ctx context.Context, kind, root string, unsafe bool) (snapshots
 		return nil, err
 	}
 	switch kind {
-	case guestPull:
+	case guestPull, atOnce:
 		return snapshotter.New(ctx, root, snapshotter.Config{})
 	case overlayfs:
 		ms, err := storage.NewMetaStore(filepath.Join(root, "metadata.db"), func(o *bolt.Options) error {
@@ -79,6 +79,8 @@ const (
 	overlayfs   = "overlayfs"
 	nothing     = "nothing"
 	rowPerLayer = "a row for each layer"
+	// atOnce is guest-pull as containerd pulls with it.
+	atOnce = "all layers of an image at once"
 	// overProxy is guest-pull in another process, as a proxy plugin.
 	overProxy = "guest-pull over a proxy socket"
 )
@@ -220,18 +222,13 @@ func prepareChain(ctx context.Context, sn snapshots.Snapshotter, i image) error 
 	return p.PrepareChain(ctx, keys, opts)
 }
 
-// timeImage measures prepare for a new image, under a lease as in a pull, and
-// returns the seconds for each layer.
-func (s *store) timeImage(ctx context.Context, name string, layers int) (float64, error) {
-	return s.time(ctx, name, layers, prepare)
-}
-
-// timeChain is timeImage for prepareChain.
-func (s *store) timeChain(ctx context.Context, name string, layers int) (float64, error) {
-	return s.time(ctx, name, layers, prepareChain)
-}
-
-func (s *store) time(ctx context.Context, name string, layers int, f func(context.Context, snapshots.Snapshotter, image) error) (float64, error) {
+// timeImage measures how long it takes to prepare a new image with a kind of
+// backend, under a lease as in a pull, and returns the seconds for each layer.
+func (s *store) timeImage(ctx context.Context, kind, name string, layers int) (float64, error) {
+	f := prepare
+	if kind == atOnce {
+		f = prepareChain
+	}
 	s.images++
 	manager := metadata.NewLeaseManager(s.DB)
 	lease, err := manager.Create(ctx, leases.WithRandomID())
@@ -342,22 +339,6 @@ func (r *rows) Stat(ctx context.Context, key string) (info snapshots.Info, err e
 }
 
 func (r *rows) Close() error { return r.ms.Close() }
-
-// commits returns how many transactions a bbolt database has committed so far.
-// Each one writes pages and calls fdatasync twice. Nobody else may have the
-// database open.
-func commits(path string) (int, error) {
-	db, err := bolt.Open(path, 0o600, &bolt.Options{ReadOnly: true})
-	if err != nil {
-		return 0, err
-	}
-	id := 0
-	err = db.View(func(tx *bolt.Tx) error {
-		id = tx.ID()
-		return nil
-	})
-	return id, errors.Join(err, db.Close())
-}
 
 // fillRows puts rows for containers into a snapshotter's own database. Their
 // directories are not made: nothing that is measured looks at them.

@@ -38,6 +38,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
+	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -405,4 +406,20 @@ func RemoveCgroup(dir string) error {
 		}
 	}
 	return err
+}
+
+// Transactions returns how many transactions a bbolt database has committed so far.
+// Each one writes pages and waits for the disk twice. Nobody else may have the
+// database open.
+func Transactions(path string) (int, error) {
+	db, err := bolt.Open(path, 0o600, &bolt.Options{ReadOnly: true})
+	if err != nil {
+		return 0, err
+	}
+	id := 0
+	err = db.View(func(tx *bolt.Tx) error {
+		id = tx.ID()
+		return nil
+	})
+	return id, errors.Join(err, db.Close())
 }
