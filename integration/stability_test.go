@@ -281,7 +281,9 @@ func (k *killer) check(t *testing.T) {
 		}
 	}
 	k.expireLeases(t)
-	k.removeHidden(t)
+	hidden, err := k.node.RemoveHiddenBundles()
+	require.NoError(t, err)
+	k.hidden += hidden
 	require.NoError(t, k.node.GC(ctx))
 	k.requireBaseline(t)
 	k.requireSurvivors(t)
@@ -298,42 +300,25 @@ func (k *killer) requireSurvivors(t *testing.T) {
 	}
 }
 
-// expireLeases does what time does. What a client was pulling when containerd
-// was killed stays under a lease that ends by itself, in containerd's design
-// after a day. CRI makes a lease for each sandbox before the sandbox itself, without
-// an end (containerd, internal/cri/server/sandbox_run.go), which nothing removes if
-// containerd is killed in between. Any other lease that has no end is an orphan, and
-// stays.
+// expireLeases removes the leases that end by themselves. CRI makes a lease for each
+// sandbox before the sandbox itself, without an end (containerd,
+// internal/cri/server/sandbox_run.go), which nothing removes if containerd is killed
+// in between. Any other lease that has no end is an orphan, and stays.
 func (k *killer) expireLeases(t *testing.T) {
 	t.Helper()
 	ctx := harness.CRI(t.Context())
+	expired, err := k.node.ExpireLeases(ctx)
+	require.NoError(t, err)
+	k.expired += expired
 	service := k.node.Client.LeasesService()
 	all, err := service.List(ctx)
 	require.NoError(t, err)
 	for _, l := range all {
-		if l.Labels["containerd.io/gc.expire"] != "" {
-			require.NoError(t, service.Delete(ctx, leases.Lease{ID: l.ID}))
-			k.expired++
-		}
 		isSandbox := len(l.Labels) == 0 && len(l.ID) == 64
 		if isSandbox && !slices.ContainsFunc(k.survivors, func(s survivor) bool { return s.Pod.ID == l.ID }) {
 			require.NoError(t, service.Delete(ctx, leases.Lease{ID: l.ID}))
 			k.unmade++
 		}
-	}
-}
-
-// removeHidden removes what a reboot would. Containerd hides a bundle before it
-// removes it (core/runtime/v2/bundle.go, atomicDelete) and passes hidden ones over
-// when it starts, so that a kill in between leaves one in the state directory.
-// No snapshotter has to do with that.
-func (k *killer) removeHidden(t *testing.T) {
-	t.Helper()
-	hidden, err := filepath.Glob(filepath.Join(k.node.State(), "io.containerd.runtime.v2.task", "*", ".*"))
-	require.NoError(t, err)
-	for _, dir := range hidden {
-		require.NoError(t, os.RemoveAll(dir))
-		k.hidden++
 	}
 }
 

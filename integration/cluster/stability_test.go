@@ -31,7 +31,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
 
@@ -206,34 +205,19 @@ var shimProcess = regexp.MustCompile(`^process (\d+): \S*/containerd-shim-\S+ .*
 // shim that it had started and not yet written down, with its socket.
 func (n *node) forgetInterruptions(ctx context.Context, t *testing.T) error {
 	ctx = harness.CRI(ctx)
-	service := n.Node.Client.LeasesService()
-	all, err := service.List(ctx)
+	leased, err := n.Node.ExpireLeases(ctx)
 	if err != nil {
 		return err
 	}
-	leased := 0
-	for _, l := range all {
-		if l.Labels["containerd.io/gc.expire"] != "" { // one without end is an orphan
-			leased++
-			if err := service.Delete(ctx, leases.Lease{ID: l.ID}); err != nil {
-				return err
-			}
-		}
-	}
-	tasks := filepath.Join(n.Node.State(), "io.containerd.runtime.v2.task", harness.CRINamespace)
-	hidden, err := filepath.Glob(filepath.Join(tasks, ".*"))
+	hidden, err := n.Node.RemoveHiddenBundles()
 	if err != nil {
 		return err
-	}
-	for _, dir := range hidden {
-		if err := os.RemoveAll(dir); err != nil {
-			return err
-		}
 	}
 	if err := n.Node.Empty(ctx); err != nil {
 		return err
 	}
 	time.Sleep(time.Second) // for the shims of the pods that went away just now
+	tasks := filepath.Join(n.Node.State(), "io.containerd.runtime.v2.task", harness.CRINamespace)
 	left, err := n.Node.Leftovers(ctx)
 	if err != nil {
 		return err
@@ -270,6 +254,6 @@ func (n *node) forgetInterruptions(ctx context.Context, t *testing.T) error {
 			return err
 		}
 	}
-	t.Logf("left by containerd: %d leases that expire, %d hidden directories of bundles, %d shims that it does not know", leased, len(hidden), shims)
+	t.Logf("left by containerd: %d leases that expire, %d hidden directories of bundles, %d shims that it does not know", leased, hidden, shims)
 	return nil
 }
