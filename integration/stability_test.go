@@ -18,14 +18,9 @@ package integration_test
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"math/rand/v2"
-	"net"
 	"os"
-	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -34,7 +29,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/stretchr/testify/require"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -96,7 +90,7 @@ func TestKills(t *testing.T) {
 		}
 		count(t, figures.Kills, 1)
 	}
-	t.Logf("killed during: %v; left by containerd: %d leases that expire, %d of sandboxes that were not made, %d hidden directories of bundles, %d shims that it does not know, %d states of runc", k.during, k.expired, k.unmade, k.hidden, k.lost, k.states)
+	t.Logf("killed during: %v; left by containerd: %+v", k.during, k.left)
 }
 
 type killer struct {
@@ -109,12 +103,8 @@ type killer struct {
 	survivors []survivor
 	baseline  []string
 
-	during  map[string]int
-	expired int // leases
-	unmade  int // sandboxes that have a lease only
-	hidden  int // directories of bundles
-	lost    int // shims
-	states  int // runc's
+	during map[string]int
+	left   harness.Interruptions
 }
 
 type survivor struct {
@@ -280,11 +270,9 @@ func (k *killer) check(t *testing.T) {
 			require.NoError(t, k.node.RemoveImage(ctx, img.Ref))
 		}
 	}
-	k.expireLeases(t)
-	hidden, err := k.node.RemoveHiddenBundles()
+	left, err := k.node.ForgetInterruptions(ctx)
 	require.NoError(t, err)
-	k.hidden += hidden
-	require.NoError(t, k.node.GC(ctx))
+	k.left.Add(left)
 	k.requireBaseline(t)
 	k.requireSurvivors(t)
 }
@@ -297,75 +285,6 @@ func (k *killer) requireSurvivors(t *testing.T) {
 		require.Equal(t, runtimeapi.ContainerState_CONTAINER_RUNNING, status.State)
 		require.Equal(t, s.since, status.StartedAt, "the container was restarted")
 		requireRuns(t, s.Container, s.img)
-	}
-}
-
-// expireLeases removes the leases that end by themselves. CRI makes a lease for each
-// sandbox before the sandbox itself, without an end (containerd,
-// internal/cri/server/sandbox_run.go), which nothing removes if containerd is killed
-// in between. Any other lease that has no end is an orphan, and stays.
-func (k *killer) expireLeases(t *testing.T) {
-	t.Helper()
-	ctx := harness.CRI(t.Context())
-	expired, err := k.node.ExpireLeases(ctx)
-	require.NoError(t, err)
-	k.expired += expired
-	service := k.node.Client.LeasesService()
-	all, err := service.List(ctx)
-	require.NoError(t, err)
-	for _, l := range all {
-		isSandbox := len(l.Labels) == 0 && len(l.ID) == 64
-		if isSandbox && !slices.ContainsFunc(k.survivors, func(s survivor) bool { return s.Pod.ID == l.ID }) {
-			require.NoError(t, service.Delete(ctx, leases.Lease{ID: l.ID}))
-			k.unmade++
-		}
-	}
-}
-
-var shimProcess = regexp.MustCompile(`^process (\d+): \S*/containerd-shim-\S+ .*-id ([0-9a-f]{64}) `)
-
-// endLostShims ends the shims that containerd started and, killed before it had
-// written down their address, does not know. They have no container yet. Stock
-// containerd leaves the same with runc on overlayfs, once in fifty to a hundred
-// rounds: GUEST_PULL_KILLS_HANDLER=runc shows it.
-func (k *killer) endLostShims(t *testing.T, now []string) {
-	t.Helper()
-	for _, line := range now {
-		m := shimProcess.FindStringSubmatch(line)
-		if m == nil || slices.Contains(k.baseline, line) {
-			continue
-		}
-		if _, err := os.Stat(filepath.Join(k.node.State(), "io.containerd.runtime.v2.task", harness.CRINamespace, m[2])); err == nil {
-			continue // known
-		}
-		pid, err := strconv.Atoi(m[1])
-		require.NoError(t, err)
-		t.Logf("containerd does not know shim %s", line)
-		require.NoError(t, syscall.Kill(pid, syscall.SIGKILL))
-		k.lost++
-	}
-	// Nobody else removes its sockets, nor what runc has written down of a
-	// container whose creation was cut short and which has no process.
-	for _, line := range now {
-		if path, ok := strings.CutPrefix(line, "file "); ok && !slices.Contains(k.baseline, line) &&
-			strings.HasPrefix(path, filepath.Join(k.node.Dir(), "runc")+"/") {
-			t.Logf("runc has the state of a container that nobody knows: %s", path)
-			require.NoError(t, os.RemoveAll(path))
-			k.states++
-			continue
-		}
-		path, ok := strings.CutPrefix(line, "file "+filepath.Join(k.node.Dir(), "s")+"/")
-		if !ok || slices.Contains(k.baseline, line) {
-			continue
-		}
-		path = filepath.Join(k.node.Dir(), "s", path)
-		if conn, err := net.Dial("unix", path); err == nil {
-			conn.Close()
-			continue // somebody's
-		}
-		if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
-			require.NoError(t, err)
-		}
 	}
 }
 
@@ -398,9 +317,6 @@ func (k *killer) requireBaseline(t *testing.T) {
 		}
 		if len(diff) == 0 || time.Since(began) > 20*time.Second {
 			break
-		}
-		if time.Since(began) > 5*time.Second {
-			k.endLostShims(t, now)
 		}
 	}
 	require.Empty(t, diff, "the node is not what it was before the round:\n%s", strings.Join(diff, "\n"))

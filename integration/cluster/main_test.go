@@ -78,7 +78,7 @@ type node struct {
 	*cluster.Kubelet
 	reg *registry.Registry
 	// interrupted: containerd was, and leaves what it also leaves without this
-	// project; see forgetInterruptions.
+	// project; see [harness.Interruptions].
 	interrupted bool
 }
 
@@ -127,7 +127,10 @@ func newNode(t *testing.T, o options) *node {
 		}
 		assert.NoError(t, k.Close(ctx))
 		if n.interrupted && !t.Failed() {
-			assert.NoError(t, n.forgetInterruptions(ctx, t))
+			assert.NoError(t, hn.Empty(ctx))
+			left, err := hn.ForgetInterruptions(ctx)
+			assert.NoError(t, err)
+			t.Logf("left by containerd: %+v", left)
 		}
 	})
 	return n

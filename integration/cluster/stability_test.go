@@ -16,17 +16,8 @@ limitations under the License.
 package cluster_test
 
 import (
-	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"math/rand/v2"
-	"net"
-	"os"
-	"path/filepath"
-	"regexp"
-	"strconv"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -194,66 +185,4 @@ func TestKubeletRestart(t *testing.T) {
 			require.Equal(t, "1000\n", n.exec(t, "after-too", "main", "id", "-u"))
 		})
 	}
-}
-
-var shimProcess = regexp.MustCompile(`^process (\d+): \S*/containerd-shim-\S+ .*-id ([0-9a-f]{64})( |$)`)
-
-// forgetInterruptions does to a node without pods what time and a reboot do. When
-// containerd ends in the middle of something, it leaves, with runc on overlayfs
-// too: what it was pulling, under a lease that ends after a day; a bundle that it
-// had hidden before it removes it (core/runtime/v2/bundle.go, atomicDelete); a
-// shim that it had started and not yet written down, with its socket.
-func (n *node) forgetInterruptions(ctx context.Context, t *testing.T) error {
-	ctx = harness.CRI(ctx)
-	leased, err := n.Node.ExpireLeases(ctx)
-	if err != nil {
-		return err
-	}
-	hidden, err := n.Node.RemoveHiddenBundles()
-	if err != nil {
-		return err
-	}
-	if err := n.Node.Empty(ctx); err != nil {
-		return err
-	}
-	time.Sleep(time.Second) // for the shims of the pods that went away just now
-	tasks := filepath.Join(n.Node.State(), "io.containerd.runtime.v2.task", harness.CRINamespace)
-	left, err := n.Node.Leftovers(ctx)
-	if err != nil {
-		return err
-	}
-	shims := 0
-	for _, line := range left {
-		m := shimProcess.FindStringSubmatch(line)
-		if m == nil {
-			continue
-		}
-		if _, err := os.Stat(filepath.Join(tasks, m[2])); err == nil {
-			continue // containerd knows it
-		}
-		pid, err := strconv.Atoi(m[1])
-		if err != nil {
-			return err
-		}
-		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
-			return err
-		}
-		shims++
-	}
-	for _, line := range left {
-		socket, ok := strings.CutPrefix(line, "file "+filepath.Join(n.Node.Dir(), "s")+"/")
-		if !ok {
-			continue
-		}
-		socket = filepath.Join(n.Node.Dir(), "s", socket)
-		if conn, err := net.Dial("unix", socket); err == nil {
-			conn.Close()
-			continue // somebody's
-		}
-		if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-	}
-	t.Logf("left by containerd: %d leases that expire, %d hidden directories of bundles, %d shims that it does not know", leased, hidden, shims)
-	return nil
 }

@@ -408,44 +408,6 @@ func RemoveCgroup(dir string) error {
 	return err
 }
 
-// ExpireLeases does what time does, and returns how many leases it removed: what a
-// client was pulling when containerd was killed stays under a lease that ends by
-// itself, in containerd's design after a day. A lease that has no end stays.
-func (n *Node) ExpireLeases(ctx context.Context) (int, error) {
-	ctx = CRI(ctx)
-	service := n.Client.LeasesService()
-	all, err := service.List(ctx)
-	if err != nil {
-		return 0, err
-	}
-	expired := 0
-	for _, l := range all {
-		if l.Labels["containerd.io/gc.expire"] == "" {
-			continue
-		}
-		if err := service.Delete(ctx, leases.Lease{ID: l.ID}); err != nil {
-			return expired, err
-		}
-		expired++
-	}
-	return expired, nil
-}
-
-// RemoveHiddenBundles does what a reboot would, and returns how many it removed.
-// Containerd hides a bundle before it removes it (core/runtime/v2/bundle.go,
-// atomicDelete) and passes hidden ones over when it starts, so that a kill in between
-// leaves one in the state directory. No snapshotter has to do with that.
-func (n *Node) RemoveHiddenBundles() (int, error) {
-	hidden, err := filepath.Glob(filepath.Join(n.State(), "io.containerd.runtime.v2.task", "*", ".*"))
-	if err != nil {
-		return 0, err
-	}
-	for _, dir := range hidden {
-		err = errors.Join(err, os.RemoveAll(dir))
-	}
-	return len(hidden), err
-}
-
 // Transactions returns how many transactions a bbolt database has committed so far.
 // Each one writes pages and waits for the disk twice. Nobody else may have the
 // database open.
