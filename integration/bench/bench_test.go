@@ -77,7 +77,7 @@ func TestShort(t *testing.T) {
 	assert.Equal(t, map[string]int{
 		"The mount helper":   3,
 		"Layer preparation":  16,
-		"A node that fills":  5,
+		"A node that fills":  7,
 		"Garbage collection": 2,
 		"containerd itself":  7,
 		"Pull over CRI, from a registry on this machine": 10,

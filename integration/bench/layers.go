@@ -246,6 +246,53 @@ func (b *bench) growth(ctx context.Context) error {
 			return err
 		}
 	}
+	return b.writesOfGrowth(ctx)
+}
+
+// writesOfGrowth counts what the times of growth are made of. In a database of more
+// snapshots, a change is further from the root, and so more pages are written anew.
+// The snapshotter adds none.
+func (b *bench) writesOfGrowth(ctx context.Context) (err error) {
+	dir, err := os.MkdirTemp(b.dir, "growth-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+
+	count := func(kind, filled string) (_ float64, err error) {
+		own := filepath.Join(filled, kind)
+		if err := os.CopyFS(filepath.Join(own, "store"), os.DirFS(filepath.Join(filled, "store"))); err != nil {
+			return 0, err
+		}
+		backend, err := openBackend(ctx, kind, filepath.Join(own, "root"), true)
+		if err != nil {
+			return 0, err
+		}
+		s, err := openStore(ctx, filepath.Join(own, "store"), backend, true)
+		if err != nil {
+			return 0, errors.Join(err, backend.Close())
+		}
+		defer func() { err = errors.Join(err, s.Close(), os.RemoveAll(own)) }()
+		return s.countWrites(ctx, layersPerImage)
+	}
+	sizes := []int{b.scale.growth[0], b.scale.growth[len(b.scale.growth)-1]}
+	var ours, alone []float64
+	for _, n := range sizes {
+		filled := filepath.Join(dir, fmt.Sprint(n))
+		if err := fillStore(ctx, filepath.Join(filled, "store"), n); err != nil {
+			return err
+		}
+		for kind, counts := range map[string]*[]float64{guestPull: &ours, nothing: &alone} {
+			writes, err := count(kind, filled)
+			if err != nil {
+				return fmt.Errorf("%s, with %d layers: %w", kind, n, err)
+			}
+			*counts = append(*counts, writes)
+		}
+	}
+	what := fmt.Sprintf("writes to containerd's database for a layer, with %d layers there", sizes[1])
+	b.compare(what, fmt.Sprintf("itself with %d", sizes[0]), "writes", series{ours[1]}, series{ours[0]}, nil)
+	b.compare(what, "the metadata store alone, with as many", "writes", series{ours[1]}, series{alone[1]}, equal())
 	return nil
 }
 

@@ -184,21 +184,26 @@ func (i image) parent(layer int) string {
 // to exist. A backend that has to be given a layer's content gets none: the
 // comparison is about the calls, and kind to that backend.
 func prepare(ctx context.Context, sn snapshots.Snapshotter, i image) error {
-	for l, chainID := range i.chain {
-		key := fmt.Sprintf(snapshots.UnpackKeyFormat, "bench-"+strconv.Itoa(l), chainID)
-		opt := snapshots.WithLabels(i.labels[l])
-		_, err := sn.Prepare(ctx, key, i.parent(l), opt)
-		switch {
-		case errdefs.IsAlreadyExists(err):
-			_, err = sn.Stat(ctx, chainID)
-		case err == nil:
-			err = sn.Commit(ctx, chainID, key, opt)
-		}
-		if err != nil {
+	for l := range i.chain {
+		if err := prepareLayer(ctx, sn, i, l); err != nil {
 			return fmt.Errorf("layer %d: %w", l, err)
 		}
 	}
 	return nil
+}
+
+func prepareLayer(ctx context.Context, sn snapshots.Snapshotter, i image, l int) error {
+	chainID := i.chain[l]
+	key := fmt.Sprintf(snapshots.UnpackKeyFormat, "bench-"+strconv.Itoa(l), chainID)
+	opt := snapshots.WithLabels(i.labels[l])
+	_, err := sn.Prepare(ctx, key, i.parent(l), opt)
+	switch {
+	case errdefs.IsAlreadyExists(err):
+		_, err = sn.Stat(ctx, chainID)
+	case err == nil:
+		err = sn.Commit(ctx, chainID, key, opt)
+	}
+	return err
 }
 
 // chainPreparer is unpack.ChainPreparer of the patched containerd.
@@ -238,6 +243,27 @@ func (s *store) timeImage(ctx context.Context, kind, name string, layers int) (f
 	i := newImage(fmt.Sprintf("%s-%d", name, s.images), layers)
 	took, err := timed(func() error { return f(leases.WithLease(ctx, lease.ID), s.sn, i) })
 	return took / float64(layers), errors.Join(err, manager.Delete(ctx, lease))
+}
+
+// countWrites returns how many times bbolt writes to its file for each layer of a new
+// image. The database's statistics stay off, as in containerd: a transaction has its
+// own.
+func (s *store) countWrites(ctx context.Context, layers int) (float64, error) {
+	i := newImage("counted", layers)
+	writes := int64(0)
+	for l := range i.chain {
+		var tx *bolt.Tx
+		err := s.Update(func(t *bolt.Tx) error {
+			tx = t
+			return prepareLayer(boltutil.WithTransaction(ctx, t), s.sn, i, l)
+		})
+		if err != nil {
+			return 0, fmt.Errorf("layer %d: %w", l, err)
+		}
+		stats := tx.Stats()
+		writes += stats.GetWrite()
+	}
+	return float64(writes) / float64(layers), nil
 }
 
 // fill records layers in the metadata store, in a few large transactions. The
