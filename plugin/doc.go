@@ -30,7 +30,7 @@
 //
 // containerd fetches the manifest and the config. For each layer its unpacker
 // calls Prepare with the label containerd.io/snapshot.ref, which names the chain
-// ID of the layer. The snapshotter answers errdefs.ErrAlreadyExists: it has that
+// ID of the layer, as the key does. The snapshotter answers errdefs.ErrAlreadyExists: it has that
 // layer. The metadata store looks for it with Walk, by the one filter that it
 // uses for this, and records it. The unpacker finds the record with Stat, and
 // does not fetch the layer.

@@ -67,11 +67,6 @@ import (
 	"github.com/guest-pull/guest-pull-snapshotter/plugin/snapshotter"
 )
 
-// labelSnapshotRef is the label by which the unpacker names the layer that it asks
-// for (core/snapshots/snapshotter.go, LabelSnapshotRef, which containerd exports
-// from 2.4 on).
-const labelSnapshotRef = "containerd.io/snapshot.ref"
-
 // The operations that are values of the label "operation".
 const (
 	opPrepareLayer = "prepare_layer"
@@ -210,7 +205,7 @@ func (w *wrapper) Prepare(ctx context.Context, key, parent string, opts ...snaps
 			return nil, err
 		}
 	}
-	layer, isLayer := info.Labels[labelSnapshotRef]
+	layer, isLayer := snapshotter.AskedLayer(key, info.Labels)
 	op := opPrepare
 	if isLayer {
 		op = opPrepareLayer

@@ -84,7 +84,7 @@ func manifest(t *testing.T) (content.Store, digest.Digest, []digest.Digest) {
 
 // unpack asks for a layer as containerd's unpacker does.
 func unpack(ctx context.Context, s snapshots.Snapshotter, chainID, parent string, labels map[string]string) error {
-	all := map[string]string{labelSnapshotRef: chainID}
+	all := map[string]string{"containerd.io/snapshot.ref": chainID}
 	maps.Copy(all, labels)
 	_, err := s.Prepare(ctx, "k8s.io/1/extract-1-abc "+chainID, parent, snapshots.WithLabels(all))
 	return err
@@ -133,6 +133,13 @@ func TestLayers(t *testing.T) {
 	for name := range got {
 		assert.False(t, strings.HasPrefix(name, "errors_total"), "%s", name)
 	}
+
+	// A pod's label of that name is no layer.
+	_, err := s.Prepare(ctx, "k8s.io/1/sandbox", chain[0], snapshots.WithLabels(map[string]string{"containerd.io/snapshot.ref": chain[1]}))
+	require.NoError(t, err)
+	got = gather(t, m)
+	assert.EqualValues(t, 7, got["layers_total"])
+	assert.EqualValues(t, 1, got["operation_seconds,prepare"])
 
 	bare, m := newWrapped(t, t.TempDir(), nil)
 	require.ErrorIs(t, unpack(ctx, bare, chain[0], "", labels(man, layers[0])), errdefs.ErrAlreadyExists)

@@ -55,8 +55,23 @@ func layerInfo(name string) snapshots.Info {
 }
 
 // extraction matches the keys under which image content is unpacked
-// (snapshots.UnpackKeyFormat), with and without the metadata store's prefix.
-var extraction = regexp.MustCompile(`(^|/)` + snapshots.UnpackKeyPrefix + `-\S+ \S+$`)
+// (snapshots.UnpackKeyFormat), with and without the metadata store's prefix. Its
+// last group is the chain ID of the layer.
+var extraction = regexp.MustCompile(`(^|/)` + snapshots.UnpackKeyPrefix + `-\S+ (\S+)$`)
+
+// AskedLayer returns the chain ID of the layer that a Prepare with this key and
+// these labels asks for. It is such a request only if it comes from the unpacker,
+// which names the layer both in the key and in the label containerd.io/snapshot.ref.
+// The label alone is nothing: containerd makes one of an annotation of that name,
+// which whoever writes a pod may choose (internal/cri/server/podsandbox,
+// sandbox_run.go).
+func AskedLayer(key string, labels map[string]string) (chainID string, ok bool) {
+	m := extraction.FindStringSubmatch(key)
+	if m == nil || !isLayer(m[2]) || labels[labelSnapshotRef] != m[2] {
+		return "", false
+	}
+	return m[2], true
+}
 
 // imageVolume matches the keys of OCI image volumes
 // (containerd, internal/cri/server/helpers.go, getImageVolumeHostPath).
@@ -71,7 +86,7 @@ var ErrContentOnHost = errors.New("the guest-pull snapshotter keeps image conten
 // would hold an image's content, or show its absence, on the host.
 func refuseContent(key, parent string) error {
 	if extraction.MatchString(key) {
-		return fmt.Errorf("extract a layer into snapshot %q: %w, and the request names no %s label that would tell it which layer to leave to the guest: "+
+		return fmt.Errorf("extract a layer into snapshot %q: %w, and the request has no label %s with the same layer as the key, by which it could be left to the guest: "+
 			"pull the image for a runtime handler that uses this snapshotter, or unpack it with another snapshotter: %w",
 			key, ErrContentOnHost, labelSnapshotRef, errdefs.ErrFailedPrecondition)
 	}
@@ -87,10 +102,6 @@ func refuseContent(key, parent string) error {
 // exists by its name. It reads and writes nothing, but for a parent that is not
 // a layer.
 func (s *snapshotter) prepareLayer(ctx context.Context, target, parent string) error {
-	if !isLayer(target) {
-		return fmt.Errorf("prepare a layer: the label %s is %q, not a digest: %w",
-			labelSnapshotRef, target, errdefs.ErrInvalidArgument)
-	}
 	if parent != "" && !isLayer(parent) {
 		if _, err := s.Snapshotter.Stat(ctx, parent); err != nil {
 			return fmt.Errorf("prepare layer %s: parent %q: %w", target, parent, err)
@@ -103,10 +114,10 @@ func (s *snapshotter) prepareLayer(ctx context.Context, target, parent string) e
 // layer that Prepare said to exist (core/metadata/snapshot.go, createSnapshot).
 var layerQuery = regexp.MustCompile(`^labels\.` + regexp.QuoteMeta(strconv.Quote(labelSnapshotRef)) + `==([^,"]+),parent==(".*")$`)
 
-// askedLayer returns the layer that the filters of a walk ask for by name, and
+// queriedLayer returns the layer that the filters of a walk ask for by name, and
 // false for every other walk. Answering from the question needs no memory of
 // the Prepare before it, however many run at once.
-func askedLayer(filters []string) (snapshots.Info, bool) {
+func queriedLayer(filters []string) (snapshots.Info, bool) {
 	if len(filters) != 1 {
 		return snapshots.Info{}, false
 	}

@@ -167,9 +167,8 @@ func (s *snapshotter) open(ctx context.Context) (err error) {
 	return nil
 }
 
-// Prepare answers the unpacker for a layer (a request that carries the label
-// containerd.io/snapshot.ref) with errdefs.ErrAlreadyExists, which makes it
-// skip the layer. It refuses every other extraction of a layer with
+// Prepare answers the unpacker for a layer (AskedLayer) with
+// errdefs.ErrAlreadyExists, which makes it skip the layer. It refuses every other extraction of a layer with
 // errdefs.ErrFailedPrecondition. For a container it gives the guest mount if
 // its parent is guest-pulled, and overlayfs's mounts if not.
 func (s *snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
@@ -177,8 +176,8 @@ func (s *snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	if err != nil {
 		return nil, err
 	}
-	if target, ok := info.Labels[labelSnapshotRef]; ok {
-		return nil, s.prepareLayer(ctx, target, parent)
+	if layer, ok := AskedLayer(key, info.Labels); ok {
+		return nil, s.prepareLayer(ctx, layer, parent)
 	}
 	return s.create(ctx, key, parent, info, s.Snapshotter.Prepare)
 }
@@ -213,6 +212,7 @@ func (s *snapshotter) create(ctx context.Context, key, parent string, info snaps
 		chain = chainID(p)
 	}
 	info.Labels = withChainID(info.Labels, chain)
+	delete(info.Labels, labelSnapshotRef) // of a pod that would like to be a layer
 
 	mounts, err := create(ctx, key, parent, snapshots.WithLabels(info.Labels))
 	if err != nil || chain == "" {
@@ -330,7 +330,7 @@ func (s *snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 // (core/metadata/snapshot.go, garbageCollect), and so these are forgotten with
 // their image.
 func (s *snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error {
-	if layer, ok := askedLayer(filters); ok {
+	if layer, ok := queriedLayer(filters); ok {
 		return fn(ctx, layer)
 	}
 	if err := s.Snapshotter.Walk(ctx, fn, filters...); err != nil || len(filters) > 0 || s.users.known == nil {
@@ -371,6 +371,7 @@ func applyOpts(opts []snapshots.Opt) (info snapshots.Info, err error) {
 			return snapshots.Info{}, err
 		}
 	}
+	info.Labels = maps.Clone(info.Labels) // the caller's
 	return info, nil
 }
 

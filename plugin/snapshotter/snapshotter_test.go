@@ -20,6 +20,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -347,11 +348,19 @@ func TestRefusals(t *testing.T) {
 		"malformed target": {func() error {
 			_, err := s.Prepare(ctx, "k8s.io/7/extract-1-a "+id, "", target("sha256:short"))
 			return err
-		}, errdefs.ErrInvalidArgument, `"sha256:short"`},
+		}, errdefs.ErrFailedPrecondition, "keeps image content off the host"},
+		"target that is no chain ID in the key either": {func() error {
+			_, err := s.Prepare(ctx, "k8s.io/7/extract-1-a sha256:short", "", target("sha256:short"))
+			return err
+		}, errdefs.ErrFailedPrecondition, "keeps image content off the host"},
+		"target of another key": {func() error {
+			_, err := s.Prepare(ctx, "k8s.io/7/extract-1-a "+id, "", target(digest.FromString("another").String()))
+			return err
+		}, errdefs.ErrFailedPrecondition, "the same layer as the key"},
 		"empty target": {func() error {
 			_, err := s.Prepare(ctx, "k8s.io/7/extract-1-a "+id, "", target(""))
 			return err
-		}, errdefs.ErrInvalidArgument, "not a digest"},
+		}, errdefs.ErrFailedPrecondition, "containerd.io/snapshot.ref"},
 		"layer on an unknown parent": {func() error {
 			_, err := s.Prepare(ctx, "k8s.io/7/extract-1-a "+id, "k8s.io/6/unknown", target(id))
 			return err
@@ -387,6 +396,43 @@ func TestRefusals(t *testing.T) {
 	require.NoError(t, err)
 	assert.Equal(t, before, after)
 	assert.Len(t, directories(t, root), 1)
+}
+
+// Annotations of a pod become labels of its sandbox's snapshot. None of them makes
+// it a layer: it would be recorded under a name that its author chose, on top of
+// the pause image, and stand in the way of the image that has that name.
+func TestPodsAreNoLayers(t *testing.T) {
+	s := newSnapshotter(t, t.TempDir(), Config{})
+	_, ms := metadataStore(t, s)
+	ctx := namespaces.WithNamespace(t.Context(), "k8s.io")
+	pause, image := chain("pause", 1)[0], chain("image", 1)[0]
+	require.NoError(t, pull(ctx, ms, []string{pause}))
+
+	labels := map[string]string{
+		labelSnapshotRef:                        image,
+		"containerd.io/snapshot/diff-id":        image,
+		"containerd.io/snapshot/cri.image-ref":  "registry.example/other:1",
+		"containerd.io/snapshot/pullsecret":     "secret",
+		"containerd.io/snapshot/cri.layer-size": "-1",
+		volume.MetadataChainID:                  image,
+	}
+	given := maps.Clone(labels)
+	mounts, err := ms.Prepare(ctx, "sandbox", pause, snapshots.WithLabels(labels))
+	require.NoError(t, err)
+	assert.Equal(t, given, labels, "the caller's own")
+	require.Len(t, mounts, 1)
+	assert.Equal(t, pause, decode(t, mounts[0]).ImagePull.Metadata[volume.MetadataChainID])
+	_, err = ms.Stat(ctx, image)
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+	require.NoError(t, s.Walk(t.Context(), func(_ context.Context, i snapshots.Info) error {
+		assert.NotContains(t, i.Labels, labelSnapshotRef)
+		return nil
+	}))
+
+	require.NoError(t, pull(ctx, ms, []string{image}), "the image that has the name")
+	mounts, err = ms.Prepare(ctx, "container", image)
+	require.NoError(t, err)
+	assert.Equal(t, image, decode(t, mounts[0]).ImagePull.Metadata[volume.MetadataChainID])
 }
 
 // Only the metadata store's own question is answered with a layer.
@@ -670,13 +716,13 @@ func TestValidate(t *testing.T) {
 	}
 }
 
-func FuzzAskedLayer(f *testing.F) {
+func FuzzQueriedLayer(f *testing.F) {
 	id := chain("image", 1)[0]
 	f.Add(fmt.Sprintf(`labels.%q==%s,parent==%q`, labelSnapshotRef, id, ""))
 	f.Add(fmt.Sprintf(`labels.%q==%s,parent==%q`, labelSnapshotRef, id, id))
 	f.Add(`kind==active`)
 	f.Fuzz(func(t *testing.T, filter string) {
-		info, ok := askedLayer([]string{filter})
+		info, ok := queriedLayer([]string{filter})
 		if !ok {
 			return
 		}
