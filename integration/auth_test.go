@@ -288,6 +288,23 @@ func TestMirror(t *testing.T) {
 			requireRuns(t, c, other)
 			requireInGuest(t, n, origin, c, other)
 			require.NotEmpty(t, origin.Log().By(registry.Host).In("other").Of(registry.Config).OK())
+
+			// One that has too much to do, or is out of order, is passed over, from
+			// the first request on or from the middle of the pull.
+			configure(mirror.URL())
+			for _, code := range []int{429, 500, 503} {
+				for _, kinds := range [][]registry.Kind{{registry.Manifest, registry.Config}, {registry.Config}} {
+					img := push(t, origin, images.Spec{Name: fmt.Sprintf("status-%d-%d", code, len(kinds)), Layers: 3})
+					_, err := mirror.Push(fmt.Sprintf("status-%d-%d:1", code, len(kinds)), img.Image)
+					require.NoError(t, err)
+					well := mirror.Inject(registry.Fault{Match: registry.Kinds(kinds...), Do: registry.Status(code)})
+					c := run(t, pod, harness.ContainerSpec{Image: img.Ref})
+					well()
+					count(t, figures.Faults, 1)
+					requireRuns(t, c, img)
+					requireInGuest(t, n, origin, c, img)
+				}
+			}
 		})
 	}
 }

@@ -26,6 +26,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -341,6 +342,41 @@ func TestUsersCostWhatIsNeeded(t *testing.T) {
 			log, err := os.ReadFile(n.LogFile())
 			require.NoError(t, err)
 			require.NotContains(t, string(log), password)
+		})
+	}
+}
+
+// Reading layers is progress, also where a pull without progress ends soon; not
+// getting any further is not.
+func TestUsersWithAShortProgressTimeout(t *testing.T) {
+	for _, path := range pullPaths[:2] {
+		t.Run(path.name, func(t *testing.T) {
+			o := path.options
+			o.ExtraConfig = "[plugins.'io.containerd.cri.v1.images']\nimage_pull_progress_timeout = \"2s\"\n"
+			n, reg := newUsersNode(t, o)
+			pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
+			// The users are in the lowest layer.
+			spec := images.Spec{Name: "slow", Layers: 3, LayerSize: 8 << 10, User: "nginx", Passwd: somePasswd, Group: someGroup}
+			img := push(t, reg, spec)
+			layers, err := images.LayersSize(img.Image)
+			require.NoError(t, err)
+			well := reg.Inject(registry.Fault{Match: registry.Kinds(registry.Layer), Do: registry.Slow(int(layers)/8, 700*time.Millisecond)})
+			start := time.Now()
+			got, err := createdUser(t, n, pod, harness.ContainerSpec{Image: img.Ref})
+			well()
+			require.NoError(t, err)
+			require.JSONEq(t, `{"uid":101,"gid":102,"additionalGids":[4,102,103]}`, got)
+			require.Greater(t, time.Since(start), 4*time.Second, "it was not slow")
+
+			spec.Name, spec.Env = "stuck", []string{"A=B"}
+			spec.Passwd += "more:x:200:200::/:\n"
+			img = push(t, reg, spec)
+			well = reg.Inject(registry.Fault{Match: registry.Kinds(registry.Layer), Do: registry.Hang()})
+			start = time.Now()
+			_, err = createdUser(t, n, pod, harness.ContainerSpec{Image: img.Ref})
+			well()
+			require.ErrorContains(t, err, "canceled")
+			require.Less(t, time.Since(start), 20*time.Second)
 		})
 	}
 }

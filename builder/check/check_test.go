@@ -72,7 +72,7 @@ func newNode(t *testing.T) *node {
 		},
 	}
 	n.in.Daemon = Daemon{Address: "/run/containerd/containerd.sock", Binary: "/usr/bin/containerd", HasPlugin: true}
-	n.in.Patches = []string{"0001-cri-x", "0004-fsview-read"}
+	n.in.Patches = []string{"0001-cri-x", "0004-fsview-read", "0013-transfer-honor-all-directories", "0014-cri-let-pulls-without-a-progress-timeout-end"}
 	n.program(shimFile, "ELF")
 	n.program("/usr/sbin/mount.fuse", "")
 	n.program("/usr/local/bin/nydus-overlayfs-guest-pull", "")
@@ -407,12 +407,47 @@ func TestFindings(t *testing.T) {
 			n.set("IMAGES", "registry = { config_path = \"/srv/a:/srv/b\" }")
 			n.write("/srv/b/quay.io/hosts.toml", "[host.\"http://mirror.example\"]\n")
 		}, []wanted{{Warning, "mirrors", []string{"/srv/b/quay.io"}}}},
-		"mirror for the transfer service": {func(n *node) {
+		"mirror for the transfer service, which does not read its config_path": {func(n *node) {
 			n.set("MORE", "[plugins.'io.containerd.transfer.v1.local']\nconfig_path = \"/srv/t\"\n")
 			n.config = strings.Replace(n.config, "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  snapshotter = \"overlayfs\"\n[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  snapshotter = \"guest-pull\"\n", "", 1)
 			n.config += "\nunpack_config = [{ snapshotter = \"guest-pull\" }]\n"
 			n.write("/srv/t/quay.io/hosts.toml", "[host.\"http://mirror.example\"]\n")
-		}, []wanted{{Warning, "mirrors", []string{"/srv/t/quay.io"}}}},
+		}, nil},
+		"hosts.toml in the second directory, without the patch": {func(n *node) {
+			n.in.Patches = n.in.Patches[:2]
+			n.write("/etc/docker/certs.d/quay.io/hosts.toml", "[host.\"http://mirror.example\"]\n")
+		}, []wanted{{Error, "config-path", []string{"/etc/docker/certs.d/quay.io/hosts.toml is not read", `config_path = "/etc/docker/certs.d"`, "use_local_image_pull = true"}}}},
+		"hosts.toml in the second directory, without the patch, local pulls": {func(n *node) {
+			n.in.Patches = n.in.Patches[:2]
+			n.set("IMAGES", "use_local_image_pull = true")
+			n.write("/etc/docker/certs.d/quay.io/hosts.toml", "[host.\"http://mirror.example\"]\n")
+		}, []wanted{{Warning, "mirrors", []string{"/etc/docker/certs.d/quay.io"}}}},
+		"hosts.toml in the one directory, without the patch": {func(n *node) {
+			n.in.Patches = n.in.Patches[:2]
+			n.set("IMAGES", "registry = { config_path = \"/srv/a\" }")
+			n.write("/srv/a/quay.io/hosts.toml", "[host.\"http://mirror.example\"]\n")
+		}, []wanted{{Warning, "mirrors", []string{"/srv/a/quay.io"}}}},
+		"hosts.toml twice": {func(n *node) {
+			n.write("/etc/containerd/certs.d/quay.io/ca.crt", "")
+			n.write("/etc/docker/certs.d/quay.io/hosts.toml", "[host.\"http://mirror.example\"]\n")
+		}, []wanted{{Warning, "config-path", []string{"/etc/docker/certs.d/quay.io/hosts.toml is not read", "one directory"}}}},
+		"hosts.toml behind a default": {func(n *node) {
+			n.write("/etc/containerd/certs.d/_default/ca.crt", "")
+			n.write("/etc/docker/certs.d/quay.io/hosts.toml", "[host.\"http://mirror.example\"]\n")
+		}, []wanted{{Warning, "config-path", []string{"/etc/docker/certs.d/quay.io/hosts.toml is not read", "_default"}}}},
+		"no progress timeout": {func(n *node) { n.set("IMAGES", `image_pull_progress_timeout = "0s"`) }, nil},
+		"no progress timeout, without the patch": {func(n *node) {
+			n.in.Patches = n.in.Patches[:3]
+			n.set("IMAGES", `image_pull_progress_timeout = "0s"`)
+		}, []wanted{{Error, "progress-timeout", []string{`"0s"`, "pause image"}}}},
+		"no progress timeout, without the patch, local pulls": {func(n *node) {
+			n.in.Patches = n.in.Patches[:3]
+			n.set("IMAGES", "image_pull_progress_timeout = \"0s\"\nuse_local_image_pull = true")
+		}, nil},
+		"some progress timeout, without the patch": {func(n *node) {
+			n.in.Patches = n.in.Patches[:3]
+			n.set("IMAGES", `image_pull_progress_timeout = "5m0s"`)
+		}, nil},
 		"mirror of the old kind": {func(n *node) {
 			n.set("IMAGES", "registry = { mirrors = { \"docker.io\" = { endpoint = [\"https://m.example\"] } } }")
 		}, []wanted{{Warning, "mirrors", []string{"docker.io", "https://m.example"}}}},

@@ -72,13 +72,13 @@ type Plugins struct {
 		UseLocalImagePull          bool           `toml:"use_local_image_pull"`
 		MaxConcurrentDownloads     int            `toml:"max_concurrent_downloads"`
 		ImagePullWithSyncFs        bool           `toml:"image_pull_with_sync_fs"`
+		ImagePullProgressTimeout   string         `toml:"image_pull_progress_timeout"`
 		Registry                   RegistryConfig `toml:"registry"`
 		RuntimePlatforms           map[string]struct {
 			Snapshotter string `toml:"snapshotter"`
 		} `toml:"runtime_platforms"`
 	} `toml:"io.containerd.cri.v1.images"`
 	Transfer struct {
-		ConfigPath   string `toml:"config_path"`
 		UnpackConfig []struct {
 			Snapshotter string `toml:"snapshotter"`
 		} `toml:"unpack_config"`

@@ -25,6 +25,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/pelletier/go-toml/v2"
 
@@ -329,6 +330,11 @@ func (c *checker) checkImages() {
 			"layers of guest-pulled images are streamed through the host's memory at each first pull, to find their users and groups; nothing of them is kept but those",
 			"if not even that may be on the host: resolve_users = \"off\", and name the users that images need in users, or use numbers")
 	}
+	if d, err := time.ParseDuration(c.Config.Plugins.Images.ImagePullProgressTimeout); err == nil && d <= 0 && !c.hasPatch("without-a-progress-timeout") && (d < 0 || !c.Config.localPull()) {
+		c.add(Error, "progress-timeout", fmt.Sprintf("image_pull_progress_timeout = %q in %s", c.Config.Plugins.Images.ImagePullProgressTimeout, section(imagesURI)),
+			"with it no pull ends in this containerd, that of the pause image included, or containerd ends itself",
+			"set a positive duration, a long one for no timeout: image_pull_progress_timeout = \"24h\"")
+	}
 	if c.Config.Plugins.Images.DiscardUnpackedLayers {
 		c.add(Warning, "discard-unpacked-layers", "discard_unpacked_layers = true in "+section(imagesURI),
 			"the layers that runc pods pulled are dropped once unpacked, so another snapshotter has to pull the image again; and CRI pulls by itself, not through the transfer service. It saves nothing for guest-pulled images: their layers are never on the host",
@@ -350,14 +356,24 @@ func (c *checker) checkRegistries() {
 	if paths == "" && len(c.Config.Plugins.Images.Registry.Mirrors) == 0 {
 		paths = "/etc/containerd/certs.d:/etc/docker/certs.d" // as CRI does
 	}
-	if !c.Config.localPull() && c.Config.Plugins.Transfer.ConfigPath != "" {
-		paths += ":" + c.Config.Plugins.Transfer.ConfigPath
-	}
 	dirs := filepath.SplitList(paths)
-	slices.Sort(dirs)
-	for _, dir := range slices.Compact(dirs) {
+	// The transfer service of stock containerd takes the list for one directory.
+	ignored := len(dirs) > 1 && !c.Config.localPull() && !c.hasPatch("transfer-honor-all-directories")
+	for i, dir := range dirs {
 		for _, f := range c.Host.glob(filepath.Join(dir, "*", "hosts.toml")) {
-			c.checkHosts(f)
+			switch name := filepath.Base(filepath.Dir(f)); {
+			case ignored:
+				c.add(Error, "config-path", f+" is not read", fmt.Sprintf("config_path = %q is a list of directories, for which the transfer service of this containerd finds no hosts.toml: "+
+					"mirrors, certificates and plain HTTP that are configured there are not used", paths),
+					fmt.Sprintf("set config_path = %q in %s, or use_local_image_pull = true in %s", dir, section(imagesURI, "registry"), section(imagesURI)))
+			case slices.ContainsFunc(dirs[:i], func(d string) bool {
+				return c.Host.exists(filepath.Join(d, name)) || c.Host.exists(filepath.Join(d, "_default"))
+			}):
+				c.add(Warning, "config-path", f+" is not read", fmt.Sprintf("an earlier directory of config_path = %q has %s or _default, and the first directory that has something for a registry is the only one that counts", paths, name),
+					"put all of them into one directory")
+			default:
+				c.checkHosts(f)
+			}
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(c.Config.Plugins.Images.Registry.Mirrors)) {

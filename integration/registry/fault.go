@@ -18,6 +18,7 @@ package registry
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"net"
 	"net/http"
@@ -104,6 +105,35 @@ func Delay(d time.Duration) Action {
 		case <-req.Context().Done():
 		}
 	}
+}
+
+// Slow answers rightly, n bytes at a time, with a pause of d before each of them.
+func Slow(n int, d time.Duration) Action {
+	return func(w http.ResponseWriter, req *http.Request, next http.Handler) {
+		next.ServeHTTP(&slowWriter{ResponseWriter: w, ctx: req.Context(), n: n, pause: d}, req)
+	}
+}
+
+type slowWriter struct {
+	http.ResponseWriter
+	ctx   context.Context
+	n     int
+	pause time.Duration
+}
+
+func (w *slowWriter) Write(p []byte) (written int, err error) {
+	for len(p) > 0 && err == nil {
+		select {
+		case <-time.After(w.pause):
+		case <-w.ctx.Done():
+			return written, w.ctx.Err()
+		}
+		var n int
+		n, err = w.ResponseWriter.Write(p[:min(len(p), w.n)])
+		http.NewResponseController(w.ResponseWriter).Flush() // or it waits for more
+		written, p = written+n, p[n:]
+	}
+	return written, err
 }
 
 // Hang accepts the request and never answers.

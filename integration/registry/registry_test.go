@@ -193,6 +193,10 @@ func TestFaults(t *testing.T) {
 			require.NoError(t, err)
 			require.Equal(t, right, b)
 		}},
+		"slow": {Slow(len(right)/2, 50*time.Millisecond), func(_ *http.Response, b []byte, err error) {
+			require.NoError(t, err)
+			require.Equal(t, right, b)
+		}},
 		"hang":  {Hang(), func(_ *http.Response, _ []byte, err error) { require.ErrorContains(t, err, "Timeout") }},
 		"reset": {Reset(), func(_ *http.Response, _ []byte, err error) { require.ErrorContains(t, err, "reset by peer") }},
 		"truncate": {Truncate(10), func(_ *http.Response, b []byte, err error) {

@@ -1,0 +1,92 @@
+/*
+   Copyright The guest-pull Authors.
+
+   Licensed under the Apache License, Version 2.0 (the "License");
+   you may not use this file except in compliance with the License.
+   You may obtain a copy of the License at
+
+       http://www.apache.org/licenses/LICENSE-2.0
+
+   Unless required by applicable law or agreed to in writing, software
+   distributed under the License is distributed on an "AS IS" BASIS,
+   WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+   See the License for the specific language governing permissions and
+   limitations under the License.
+*/
+
+package integration_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/guest-pull/guest-pull-snapshotter/integration/harness"
+	"github.com/guest-pull/guest-pull-snapshotter/integration/images"
+)
+
+// config_path may be a list of directories, and is one by default. Each of them
+// counts, whoever pulls.
+func TestPatchConfigPath(t *testing.T) {
+	for _, path := range mixedPaths[:2] {
+		t.Run(path.name, func(t *testing.T) {
+			eachContainerd(t, func(t *testing.T, binaries string) {
+				hosts := t.TempDir()
+				o := path.options
+				o.Binaries, o.Registry = binaries, newRegistry(t)
+				o.ExtraConfig = fmt.Sprintf("[plugins.'io.containerd.cri.v1.images'.registry]\nconfig_path = %q\n", filepath.Join(hosts, "none")+":"+hosts)
+				n := harness.New(t, o)
+				img := push(t, o.Registry, images.Spec{Name: "app", Layers: 2})
+				// A registry that only hosts.toml knows the address of.
+				require.NoError(t, os.Mkdir(filepath.Join(hosts, "registry.invalid"), 0o755))
+				require.NoError(t, os.WriteFile(filepath.Join(hosts, "registry.invalid", "hosts.toml"),
+					fmt.Appendf(nil, "[host.%q]\ncapabilities = [\"pull\", \"resolve\"]\n", o.Registry.URL()), 0o600))
+				id, err := n.Pull(t.Context(), harness.PullSpec{Image: "registry.invalid/app:1", Handler: harness.Guest, Hint: harness.HintImageSpec})
+				stock := "" // right
+				if path.name == "transfer" {
+					stock = "registry.invalid"
+				}
+				requireFixed(t, n, "0013", err, stock)
+				if err == nil {
+					config, err := img.ConfigName()
+					require.NoError(t, err)
+					require.Equal(t, config.String(), id)
+				}
+			})
+		})
+	}
+}
+
+// A progress timeout of zero is none.
+func TestPatchNoProgressTimeout(t *testing.T) {
+	for _, path := range mixedPaths[:2] {
+		t.Run(path.name, func(t *testing.T) {
+			eachContainerd(t, func(t *testing.T, binaries string) {
+				o := path.options
+				o.Binaries, o.Registry = binaries, newRegistry(t)
+				o.ExtraConfig = "[plugins.'io.containerd.cri.v1.images']\nimage_pull_progress_timeout = \"0s\"\n"
+				n := harness.New(t, o)
+				img := push(t, o.Registry, images.Spec{Name: "app", Layers: 2})
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+				if !hasPatch(n, "0014") {
+					ctx, cancel = context.WithTimeout(t.Context(), 5*time.Second)
+				}
+				defer cancel()
+				_, err := n.Pull(ctx, harness.PullSpec{Image: img.Ref, Handler: harness.Guest, Hint: harness.HintImageSpec})
+				stock := "" // right
+				if path.name == "transfer" {
+					stock = "DeadlineExceeded"
+				}
+				requireFixed(t, n, "0014", err, stock)
+				if hasPatch(n, "0014") {
+					require.NoError(t, runAs(t.Context(), runPod(t, n, harness.PodSpec{Handler: harness.Guest}), push(t, o.Registry, images.Spec{Name: "user", User: "1000"})))
+				}
+			})
+		})
+	}
+}
