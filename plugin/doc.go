@@ -19,7 +19,7 @@
 // packages below register nothing and can be used by themselves:
 //
 //	volume       the option that tells a Kata runtime to pull in the guest
-//	users        finds the users and groups of an image in its layers
+//	users        the users and groups of images: reads, keeps and lays them out
 //	snapshotter  the snapshotter: layers are names, containers are overlays
 //	metrics      wraps a snapshotter, counts, times and traces its calls
 //	plugin       this: configuration, what the plugin exports, warnings at start
@@ -30,10 +30,10 @@
 //
 // containerd fetches the manifest and the config. For each layer its unpacker
 // calls Prepare with the label containerd.io/snapshot.ref, which names the chain
-// ID of the layer, as the key does. The snapshotter answers errdefs.ErrAlreadyExists: it has that
-// layer. The metadata store looks for it with Walk, by the one filter that it
-// uses for this, and records it. The unpacker finds the record with Stat, and
-// does not fetch the layer.
+// ID of the layer, as the key does. The snapshotter answers
+// errdefs.ErrAlreadyExists: it has that layer. The metadata store looks for it
+// with Walk, by the one filter that it uses for this, and records it. The unpacker
+// finds the record with Stat, and does not fetch the layer.
 //
 // None of these answers needs memory. A chain ID is the only name without a
 // prefix that the metadata store gives to a snapshot, so that a name alone tells

@@ -75,7 +75,7 @@ func init() {
 		// Only to read manifests, from which the metrics know what was left to
 		// the guest.
 		Requires: []plugin.Type{plugins.ContentPlugin},
-		Config:   &Config{MountType: snapshotter.DefaultMountType, ResolveUsers: snapshotter.ResolveUsersOff},
+		Config:   &Config{MountType: snapshotter.DefaultMountType, ResolveUsers: users.ResolveOff},
 		InitFn:   initialize,
 	})
 }
@@ -114,10 +114,12 @@ func initialize(ic *plugin.InitContext) (any, error) {
 		MountType:    mountType,
 		MountOptions: config.MountOptions,
 		SyncRemove:   config.SyncRemove,
-		Users:        config.Users,
-		Groups:       config.Groups,
-		ResolveUsers: config.ResolveUsers,
-		ObserveUsers: func(result string) { m.UserLookup(snapshotter.ResolveUsersRegistry, result) },
+		Users: users.Config{
+			Users:   config.Users,
+			Groups:  config.Groups,
+			Resolve: config.ResolveUsers,
+			Observe: func(result string) { m.UserLookup(users.ResolveRegistry, result) },
+		},
 	})
 	if err != nil {
 		return nil, err
@@ -144,13 +146,13 @@ func initialize(ic *plugin.InitContext) (any, error) {
 	if err := m.Register(); err != nil {
 		logger.WithError(err).Warn("the guest-pull snapshotter has no metrics")
 	}
-	if config.ResolveUsers != snapshotter.ResolveUsersRegistry {
+	if config.ResolveUsers != users.ResolveRegistry {
 		return wrapped, nil
 	}
 	return &instance{
 		Snapshotter:   wrapped,
 		Cleaner:       wrapped.(snapshots.Cleaner),
-		LayerObserver: s.(snapshotter.LayerObserver),
+		LayerObserver: s.(users.LayerObserver),
 	}, nil
 }
 
@@ -159,7 +161,7 @@ func initialize(ic *plugin.InitContext) (any, error) {
 type instance struct {
 	snapshots.Snapshotter
 	snapshots.Cleaner
-	snapshotter.LayerObserver
+	users.LayerObserver
 }
 
 // missingHelpers says which programs are not found that containerd runs when it

@@ -31,6 +31,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/guest-pull/guest-pull-snapshotter/plugin/snapshotter"
+	"github.com/guest-pull/guest-pull-snapshotter/plugin/users"
 )
 
 func registration(t *testing.T) plugin.Registration {
@@ -62,7 +63,7 @@ func TestRegistration(t *testing.T) {
 	s := instance.(snapshots.Snapshotter)
 	t.Cleanup(func() { require.NoError(t, s.Close()) })
 	assert.Implements(t, (*snapshots.Cleaner)(nil), s)
-	_, observes := s.(snapshotter.LayerObserver)
+	_, observes := s.(users.LayerObserver)
 	assert.False(t, observes, "layers are not looked into unless it is configured")
 
 	root := ic.Properties[plugins.PropertyRootDir]
@@ -82,7 +83,7 @@ func TestRootPathAndUsers(t *testing.T) {
 	t.Cleanup(func() { require.NoError(t, s.Close()) })
 	assert.Equal(t, root, ic.Meta.Exports["root"])
 	assert.FileExists(t, filepath.Join(root, "metadata.db"))
-	assert.Implements(t, (*snapshotter.LayerObserver)(nil), s)
+	assert.Implements(t, (*users.LayerObserver)(nil), s)
 	assert.Implements(t, (*snapshots.Cleaner)(nil), s, "the garbage collector looks for it")
 	entries, err := os.ReadDir(ic.Properties[plugins.PropertyRootDir])
 	require.NoError(t, err)

@@ -30,6 +30,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/guest-pull/guest-pull-snapshotter/plugin/snapshotter"
+	"github.com/guest-pull/guest-pull-snapshotter/plugin/users"
 )
 
 const confD = "/etc/containerd/conf.d"
@@ -325,8 +326,8 @@ func (c *checker) checkTransfer() {
 }
 
 func (c *checker) checkImages() {
-	if c.Config.Plugins.Snapshotter.ResolveUsers == snapshotter.ResolveUsersRegistry {
-		c.add(Info, "resolve-users", fmt.Sprintf("resolve_users = %q in %s", snapshotter.ResolveUsersRegistry, section(PluginURI)),
+	if c.Config.Plugins.Snapshotter.ResolveUsers == users.ResolveRegistry {
+		c.add(Info, "resolve-users", fmt.Sprintf("resolve_users = %q in %s", users.ResolveRegistry, section(PluginURI)),
 			"layers of guest-pulled images are streamed through the host's memory at each first pull, to find their users and groups; nothing of them is kept but those",
 			"if not even that may be on the host: resolve_users = \"off\", and name the users that images need in users, or use numbers")
 	}

@@ -65,6 +65,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/guest-pull/guest-pull-snapshotter/plugin/snapshotter"
+	"github.com/guest-pull/guest-pull-snapshotter/plugin/users"
 )
 
 // The operations that are values of the label "operation".
@@ -119,7 +120,7 @@ func New() *Metrics {
 	ns.Add(m.operations)
 	// A counter that is there before it counts is seen to rise from zero.
 	for _, result := range []string{"read", "known", "unusable", "failed"} {
-		m.userLookups.WithValues(snapshotter.ResolveUsersRegistry, result)
+		m.userLookups.WithValues(users.ResolveRegistry, result)
 	}
 	return m
 }
@@ -141,7 +142,7 @@ func (m *Metrics) Register() error {
 
 // UserLookup counts a look-up of an image's users and groups. The source says
 // where they were looked for, and the result what came of it
-// (snapshotter.Config.ObserveUsers).
+// (users.Config.Observe).
 func (m *Metrics) UserLookup(source, result string) {
 	m.userLookups.WithValues(source, result).Inc()
 }

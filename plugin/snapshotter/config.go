@@ -20,11 +20,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"unicode"
 
+	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
 	"github.com/containerd/errdefs"
 
 	"github.com/guest-pull/guest-pull-snapshotter/plugin/users"
@@ -51,19 +53,8 @@ type Config struct {
 	// garbage collection.
 	SyncRemove bool
 
-	// Users and Groups are an administrator's list of users, "uid" or "uid:gid"
-	// by name, and of groups. Containers have them whose image's own are not
-	// known.
-	Users  map[string]string
-	Groups map[string]users.Group
-
-	// ResolveUsers is where the users and groups of an image are read when it
-	// is pulled: ResolveUsersOff, which "" means too, or ResolveUsersRegistry.
-	ResolveUsers string
-
-	// ObserveUsers, unless nil, is called for each pulled image when
-	// ResolveUsers is on: "read", "known" already, "unusable", or "failed".
-	ObserveUsers func(result string)
+	// Users is what the host knows of the users of images.
+	Users users.Config
 }
 
 var mountType = regexp.MustCompile(`^fuse\.(/?([A-Za-z0-9_+-][A-Za-z0-9._+-]*/)*[A-Za-z0-9_+-][A-Za-z0-9._+-]*)$`)
@@ -93,13 +84,18 @@ func (c Config) Validate() error {
 			refuse("mount_options has %s...: the snapshotter sets the volume itself", volume.OptionPrefix)
 		}
 	}
-	switch c.ResolveUsers {
-	case "", ResolveUsersOff, ResolveUsersRegistry:
-	default:
-		refuse("resolve_users = %q: want %q or %q", c.ResolveUsers, ResolveUsersOff, ResolveUsersRegistry)
+	return errors.Join(append(errs, c.Users.Validate())...)
+}
+
+func validateRoot(root string) error {
+	if !filepath.IsAbs(root) {
+		return fmt.Errorf("root_path = %q: an absolute path is needed: %w", root, errdefs.ErrInvalidArgument)
 	}
-	_, err := users.Static(c.Users, c.Groups)
-	return errors.Join(append(errs, err)...)
+	if i := strings.IndexFunc(root, breaksOptions); i >= 0 {
+		return fmt.Errorf("root_path = %q: the character at offset %d cannot stand in mount options; use a path of letters, digits and -._/+@=~: %w",
+			root, i, errdefs.ErrInvalidArgument)
+	}
+	return nil
 }
 
 func (c Config) withDefaults() Config {
@@ -129,4 +125,11 @@ func (c Config) overlayOptions() []string {
 // helper.
 func breaksOptions(r rune) bool {
 	return unicode.IsSpace(r) || unicode.IsControl(r) || strings.ContainsRune(`,:;\"'$&|<>()*?[]{}!#`+"`", r)
+}
+
+// SupportsRemapIDs tells whether the kernel can map the IDs of an overlayfs's
+// lower directories, which pods with user namespaces need.
+func SupportsRemapIDs() bool {
+	ok, err := overlayutils.SupportsIDMappedMounts()
+	return err == nil && ok
 }

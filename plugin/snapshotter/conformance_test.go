@@ -33,6 +33,8 @@ import (
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/guest-pull/guest-pull-snapshotter/plugin/users"
 )
 
 // requireRoot skips a test that mounts, unless it runs with -test.root.
@@ -47,7 +49,7 @@ var configs = map[string]Config{
 	"default": {},
 	"sync":    {SyncRemove: true},
 	"options": {MountOptions: []string{"volatile"}, MountType: "fuse.guest-pull-overlayfs"},
-	"users":   {ResolveUsers: ResolveUsersRegistry, Users: map[string]string{"nginx": "101:101"}},
+	"users":   {Users: users.Config{Resolve: users.ResolveRegistry, Users: map[string]string{"nginx": "101:101"}}},
 }
 
 // containerd's own conformance suite. The name decides what the rename cases

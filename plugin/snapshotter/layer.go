@@ -150,3 +150,20 @@ func updateLayer(info snapshots.Info, fieldpaths []string) (snapshots.Info, erro
 	updated.Updated = time.Now().UTC()
 	return updated, nil
 }
+
+// walkKnown calls fn for the top layers of images whose users are known.
+func (s *snapshotter) walkKnown(ctx context.Context, fn snapshots.WalkFunc) error {
+	chains, err := s.users.Known()
+	if err != nil {
+		return err
+	}
+	for _, chain := range chains {
+		if _, err := s.Snapshotter.Stat(ctx, chain); err == nil {
+			continue // has a row, which is in the list already
+		}
+		if err := fn(ctx, layerInfo(chain)); err != nil {
+			return err
+		}
+	}
+	return nil
+}

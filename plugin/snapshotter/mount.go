@@ -20,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -39,6 +40,29 @@ const labelPrefix = "containerd.io/snapshot/"
 var secretLabels = []string{
 	labelPrefix + "pullusername",
 	labelPrefix + "pullsecret",
+}
+
+// guestMounts turns the mounts of the overlay snapshotter into those of a container
+// whose image the guest pulls, and makes directories that went missing again.
+func (s *snapshotter) guestMounts(info snapshots.Info, mounts []mount.Mount) ([]mount.Mount, error) {
+	d := hostDirs(mounts[0])
+	lowest, err := s.users.Directory(chainID(info))
+	if err != nil {
+		return nil, err
+	}
+	if lowest == "" {
+		lowest = s.empty
+	} else if d.lower != "" && d.upper != "" && !isLayer(info.Parent) {
+		d.lower += ":" + lowest
+	}
+	if err := restore(lowest, d); err != nil {
+		return nil, err
+	}
+	m, err := guestMount(s.mountType, lowest, s.options, info, d)
+	if err != nil {
+		return nil, err
+	}
+	return []mount.Mount{m}, nil
 }
 
 // guestMount builds the mount that makes a Kata runtime pull the image in the
@@ -135,4 +159,22 @@ func chainID(info snapshots.Info) string {
 		return info.Parent
 	}
 	return info.Labels[volume.MetadataChainID]
+}
+
+// withChainID returns labels in which the chain ID is what this snapshotter
+// says, whatever the caller put there.
+func withChainID(labels map[string]string, chain string) map[string]string {
+	if labels[volume.MetadataChainID] == chain {
+		return labels
+	}
+	labels = maps.Clone(labels)
+	if chain == "" {
+		delete(labels, volume.MetadataChainID)
+		return labels
+	}
+	if labels == nil {
+		labels = map[string]string{}
+	}
+	labels[volume.MetadataChainID] = chain
+	return labels
 }

@@ -22,34 +22,28 @@
 //   - A container's snapshot is one of containerd's own overlay snapshotter,
 //     which is embedded. When its ancestry ends in such a layer, its mount
 //     tells the Kata runtime to pull the image in the guest (mount.go).
-//   - Whatever would extract image content on the host is refused.
+//   - Whatever would extract image content on the host is refused (layer.go).
 //
-// Everything else behaves as the overlay snapshotter does.
+// Everything else behaves as the overlay snapshotter does. A database that is
+// damaged is left alone, and what to do is said (database.go). Which users an image
+// has is for the package users to know.
 package snapshotter
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
-	"runtime/debug"
-	"strings"
-	"syscall"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
-	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
-	bolt "go.etcd.io/bbolt"
-	berrors "go.etcd.io/bbolt/errors"
 
+	"github.com/guest-pull/guest-pull-snapshotter/plugin/users"
 	"github.com/guest-pull/guest-pull-snapshotter/plugin/volume"
 )
 
@@ -57,16 +51,18 @@ import (
 // layers and for containers of guest-pulled images.
 type snapshotter struct {
 	snapshots.Snapshotter
+	users.LayerObserver
+	users *users.Images // of the images that containers are made of
+
 	ms        *storage.MetaStore
 	mountType string
 	options   []string
 	empty     string // the lowerdir that all containers share
-	users     *imageUsers
 }
 
 // New returns a snapshotter that keeps the snapshots of containers under root,
 // an absolute path, in the layout of the overlay snapshotter. A root that the
-// older guest-pull daemon left can be used.
+// older guest-pull daemon left can be used. It implements users.LayerObserver.
 //
 // Errors of the configuration wrap errdefs.ErrInvalidArgument; all of them are
 // reported at once. It fails as well when root cannot be written, is on a file
@@ -81,12 +77,7 @@ func New(ctx context.Context, root string, config Config) (snapshots.Snapshotter
 		return nil, fmt.Errorf("create the snapshotter's root: %w", err)
 	}
 
-	db := filepath.Join(root, "metadata.db")
-	ms, err := storage.NewMetaStore(db, func(o *bolt.Options) error {
-		// The daemon that this plugin replaces may still be running.
-		o.Timeout = 5 * time.Second
-		return nil
-	})
+	ms, err := newMetaStore(root)
 	if err != nil {
 		return nil, err
 	}
@@ -101,70 +92,23 @@ func New(ctx context.Context, root string, config Config) (snapshots.Snapshotter
 	if err != nil {
 		return nil, fmt.Errorf("set up the snapshotter's root %s: %w", root, err)
 	}
-	s := &snapshotter{
-		Snapshotter: embedded,
-		ms:          ms,
-		mountType:   config.MountType,
-		options:     config.overlayOptions(),
-		empty:       filepath.Join(root, "empty"),
-	}
-	if s.users, err = newImageUsers(ctx, root, config); err != nil {
+	images, err := users.New(ctx, root, config.Users)
+	if err != nil {
 		return nil, errors.Join(err, ms.Close())
 	}
-	if err := s.open(ctx); err != nil {
-		err = errors.Join(err, s.users.close())
-		switch {
-		case errors.Is(err, berrors.ErrTimeout):
-			return nil, fmt.Errorf("open %s: another process has it open; stop the older snapshotter daemon, or give root_path a directory of its own: %w", db, err)
-		case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
-			return nil, fmt.Errorf("open %s: make it writable and restart containerd: %w", db, err)
-		}
-		return nil, fmt.Errorf("read %s: move the file away and restart containerd (images stay usable; containers of this snapshotter have to be made anew): %w", db, err)
+	s := &snapshotter{
+		Snapshotter:   embedded,
+		LayerObserver: images,
+		users:         images,
+		ms:            ms,
+		mountType:     config.MountType,
+		options:       config.overlayOptions(),
+		empty:         filepath.Join(root, "empty"),
+	}
+	if err := s.open(ctx, root); err != nil {
+		return nil, errors.Join(err, images.Close())
 	}
 	return s, nil
-}
-
-// open makes sure that the database can be used. A new one gets its buckets,
-// which a walk or a clean-up of the store expects.
-//
-// Directories that the database does not know are removed: they would be in the
-// way of the next snapshots. There are some when the database is new because the
-// old one was lost, as its numbers start again. There is one when containerd was
-// killed after the overlay snapshotter had moved a snapshot's directory to its
-// number and before it had committed that number, which is then given again.
-func (s *snapshotter) open(ctx context.Context) (err error) {
-	// bbolt panics on a damaged page and faults on a truncated file. Neither
-	// may take containerd down. The store cannot be closed then: it may hold
-	// its own locks.
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer protect(&err)
-
-	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		return storage.WalkInfo(ctx, func(context.Context, snapshots.Info) error { return nil })
-	})
-	isNew := errdefs.IsNotFound(err)
-	if isNew {
-		err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
-			const probe = "initialize"
-			if _, err := storage.CreateSnapshot(ctx, snapshots.KindActive, probe, ""); err != nil {
-				return err
-			}
-			_, _, err := storage.Remove(ctx, probe)
-			return err
-		})
-	}
-	if err == nil {
-		err = s.Cleanup(ctx)
-		if err != nil && !isNew {
-			// On a full disk, for instance. The garbage collector tries again.
-			log.G(ctx).WithError(err).Warn("directories of snapshots that were never committed were not removed")
-			err = nil
-		}
-	}
-	if err != nil {
-		return errors.Join(err, s.ms.Close())
-	}
-	return nil
 }
 
 // Prepare answers the unpacker for a layer (AskedLayer) with
@@ -238,27 +182,6 @@ func (s *snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 	return s.guestMounts(info, mounts)
 }
 
-func (s *snapshotter) guestMounts(info snapshots.Info, mounts []mount.Mount) ([]mount.Mount, error) {
-	d := hostDirs(mounts[0])
-	lowest, err := s.users.directory(chainID(info))
-	if err != nil {
-		return nil, err
-	}
-	if lowest == "" {
-		lowest = s.empty
-	} else if d.lower != "" && d.upper != "" && !isLayer(info.Parent) {
-		d.lower += ":" + lowest
-	}
-	if err := restore(lowest, d); err != nil {
-		return nil, err
-	}
-	m, err := guestMount(s.mountType, lowest, s.options, info, d)
-	if err != nil {
-		return nil, err
-	}
-	return []mount.Mount{m}, nil
-}
-
 // Commit commits a container's snapshot. Of a guest-pulled one, only what was
 // written through a mount on the host is in it; what the guest wrote is not
 // here.
@@ -299,8 +222,8 @@ func (s *snapshotter) Remove(ctx context.Context, key string) error {
 	if errdefs.IsNotFound(err) && isLayer(key) {
 		err = nil
 	}
-	if err == nil && isLayer(key) && s.users.known != nil {
-		err = s.users.known.remove(key)
+	if err == nil && isLayer(key) {
+		err = s.users.Forget(key)
 	}
 	return err
 }
@@ -333,22 +256,10 @@ func (s *snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters .
 	if layer, ok := queriedLayer(filters); ok {
 		return fn(ctx, layer)
 	}
-	if err := s.Snapshotter.Walk(ctx, fn, filters...); err != nil || len(filters) > 0 || s.users.known == nil {
+	if err := s.Snapshotter.Walk(ctx, fn, filters...); err != nil || len(filters) > 0 {
 		return err
 	}
-	chains, err := s.users.known.chains()
-	if err != nil {
-		return err
-	}
-	for _, chain := range chains {
-		if _, err := s.Snapshotter.Stat(ctx, chain); err == nil {
-			continue // has a row, which is in the list already
-		}
-		if err := fn(ctx, layerInfo(chain)); err != nil {
-			return err
-		}
-	}
-	return nil
+	return s.walkKnown(ctx, fn)
 }
 
 // Cleanup removes the directories of snapshots that were removed. containerd's
@@ -356,13 +267,20 @@ func (s *snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters .
 func (s *snapshotter) Cleanup(ctx context.Context) error {
 	return errors.Join(
 		s.Snapshotter.(snapshots.Cleaner).Cleanup(ctx),
-		s.users.cleanup(ctx, s.Snapshotter.Walk),
+		s.users.Cleanup(func(inUse func(chain string)) error {
+			return s.Snapshotter.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
+				if chain := chainID(info); chain != "" {
+					inUse(chain)
+				}
+				return nil
+			})
+		}),
 	)
 }
 
 // Close closes the databases.
 func (s *snapshotter) Close() error {
-	return errors.Join(s.Snapshotter.Close(), s.users.close())
+	return errors.Join(s.Snapshotter.Close(), s.users.Close())
 }
 
 func applyOpts(opts []snapshots.Opt) (info snapshots.Info, err error) {
@@ -373,40 +291,4 @@ func applyOpts(opts []snapshots.Opt) (info snapshots.Info, err error) {
 	}
 	info.Labels = maps.Clone(info.Labels) // the caller's
 	return info, nil
-}
-
-// withChainID returns labels in which the chain ID is what this snapshotter
-// says, whatever the caller put there.
-func withChainID(labels map[string]string, chain string) map[string]string {
-	if labels[volume.MetadataChainID] == chain {
-		return labels
-	}
-	labels = maps.Clone(labels)
-	if chain == "" {
-		delete(labels, volume.MetadataChainID)
-		return labels
-	}
-	if labels == nil {
-		labels = map[string]string{}
-	}
-	labels[volume.MetadataChainID] = chain
-	return labels
-}
-
-// SupportsRemapIDs tells whether the kernel can map the IDs of an overlayfs's
-// lower directories, which pods with user namespaces need.
-func SupportsRemapIDs() bool {
-	ok, err := overlayutils.SupportsIDMappedMounts()
-	return err == nil && ok
-}
-
-func validateRoot(root string) error {
-	if !filepath.IsAbs(root) {
-		return fmt.Errorf("root_path = %q: an absolute path is needed: %w", root, errdefs.ErrInvalidArgument)
-	}
-	if i := strings.IndexFunc(root, breaksOptions); i >= 0 {
-		return fmt.Errorf("root_path = %q: the character at offset %d cannot stand in mount options; use a path of letters, digits and -._/+@=~: %w",
-			root, i, errdefs.ErrInvalidArgument)
-	}
-	return nil
 }

@@ -700,9 +700,9 @@ func TestValidate(t *testing.T) {
 			{MountType: "overlay"}, {MountType: "fuse."}, {MountType: "fuse3.x"}, {MountType: "fuse.a/b"}, {MountType: "fuse./a/../b"},
 			{MountType: "fuse./a//b"}, {MountType: "fuse.a b"}, {MountType: "fuse.a;b"}, {MountType: "fuse.a\n"}, {MountType: "fuse./"},
 		},
-		"resolve_users": {{ResolveUsers: "on"}, {ResolveUsers: "Registry"}},
-		"users":         {{Users: map[string]string{"nginx": "nginx"}}},
-		"groups.adm":    {{Groups: map[string]users.Group{"adm": {}}}},
+		"resolve_users": {{Users: users.Config{Resolve: "on"}}, {Users: users.Config{Resolve: "Registry"}}},
+		"users":         {{Users: users.Config{Users: map[string]string{"nginx": "nginx"}}}},
+		"groups.adm":    {{Users: users.Config{Groups: map[string]users.Group{"adm": {}}}}},
 		"mount_options": {
 			{MountOptions: []string{""}}, {MountOptions: []string{"a,b"}}, {MountOptions: []string{"a b"}}, {MountOptions: []string{"a\n"}},
 			{MountOptions: []string{"lowerdir=/x"}}, {MountOptions: []string{"upperdir=/x"}}, {MountOptions: []string{"io.katacontainers.volume=x"}},

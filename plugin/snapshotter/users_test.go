@@ -33,13 +33,11 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
-	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-	bolt "go.etcd.io/bbolt"
 
 	"github.com/guest-pull/guest-pull-snapshotter/plugin/users"
 )
@@ -79,7 +77,7 @@ func (i *testImage) fetch(context.Context, ocispec.Descriptor) (io.ReadCloser, e
 
 // pulled does what a patched containerd does at the end of a pull.
 func pulled(t *testing.T, s snapshots.Snapshotter, i *testImage) error {
-	return s.(LayerObserver).LayersPrepared(t.Context(), i.layers, i.diffIDs, i.fetch)
+	return s.(users.LayerObserver).LayersPrepared(t.Context(), i.layers, i.diffIDs, i.fetch)
 }
 
 // lookUp reads a file in the lowest directory of a guest mount, "" if it is not
@@ -101,7 +99,7 @@ func lookUp(t *testing.T, mounts []mount.Mount, name string) string {
 	return ""
 }
 
-var fromRegistry = Config{ResolveUsers: ResolveUsersRegistry}
+var fromRegistry = Config{Users: users.Config{Resolve: users.ResolveRegistry}}
 
 // containerd's garbage collector is what forgets an image's users: it is shown
 // the image's top layer among the snapshots, and removes it with the image, but
@@ -116,7 +114,7 @@ func TestUsersAreCollected(t *testing.T) {
 	img := newTestImage(t, map[string]string{"etc/passwd": "P", "etc/group": "G"})
 	other := newTestImage(t, map[string]string{"etc/passwd": "other"})
 	known := func() (chains []string) {
-		chains, err := s.(*snapshotter).users.known.chains()
+		chains, err := s.(*snapshotter).users.Known()
 		require.NoError(t, err)
 		return chains
 	}
@@ -162,7 +160,7 @@ func TestUsersAreCollected(t *testing.T) {
 // time, and the leftovers of a crash are removed.
 func TestUserDirectories(t *testing.T) {
 	root := t.TempDir()
-	s := newSnapshotter(t, root, Config{Users: map[string]string{"nginx": "101:102"}})
+	s := newSnapshotter(t, root, Config{Users: users.Config{Users: map[string]string{"nginx": "101:102"}}})
 	ctx := t.Context()
 	layer := chain("image", 1)[0]
 	mounts, err := s.Prepare(ctx, "k8s.io/1/c", layer)
@@ -214,7 +212,7 @@ func TestUserDirectories(t *testing.T) {
 // An image's own users come before the listed ones, also when it has none: the
 // list must not give a name a meaning that it does not have in the image.
 func TestOwnUsersComeFirst(t *testing.T) {
-	s := newSnapshotter(t, t.TempDir(), Config{ResolveUsers: ResolveUsersRegistry, Users: map[string]string{"nginx": "1"}})
+	s := newSnapshotter(t, t.TempDir(), Config{Users: users.Config{Resolve: users.ResolveRegistry, Users: map[string]string{"nginx": "1"}}})
 	none := newTestImage(t, map[string]string{"bin/sh": ""})
 	require.NoError(t, pulled(t, s, none))
 	mounts, err := s.Prepare(t.Context(), "k8s.io/1/c", none.chain())
@@ -259,55 +257,6 @@ func TestConcurrentReads(t *testing.T) {
 	}
 }
 
-// A registry that fails, or lies, fails the pull, which is tried again. An image
-// that cannot be used does not: it would fail for ever.
-func TestReadErrors(t *testing.T) {
-	var results []string
-	config := fromRegistry
-	config.ObserveUsers = func(r string) { results = append(results, r) }
-	s := newSnapshotter(t, t.TempDir(), config)
-	img := newTestImage(t, map[string]string{"etc/passwd": "P"})
-
-	img.err = errors.New("connection refused")
-	err := pulled(t, s, img)
-	require.ErrorIs(t, err, img.err)
-	require.ErrorContains(t, err, "resolve_users")
-	img.err = nil
-	blob := img.blob
-	img.blob = bytes.Replace(blob, []byte("P"), []byte("Q"), 1)
-	require.ErrorIs(t, pulled(t, s, img), errdefs.ErrDataLoss)
-	img.blob = blob
-	require.NoError(t, pulled(t, s, img))
-	require.NoError(t, pulled(t, s, img))
-	require.NoError(t, s.Remove(t.Context(), img.chain()))
-
-	encrypted := newTestImage(t, nil)
-	encrypted.layers[0].MediaType += "+encrypted"
-	needs := func() bool {
-		needs, err := s.(LayerObserver).NeedsLayers(t.Context(), encrypted.chain())
-		require.NoError(t, err)
-		return needs
-	}
-	require.True(t, needs())
-	require.NoError(t, pulled(t, s, encrypted))
-	require.False(t, needs(), "it would be pulled again for ever")
-	_, known, err := s.(*snapshotter).users.known.get(encrypted.chain())
-	require.NoError(t, err)
-	require.False(t, known)
-	// The same layers, stored in another way, can be read.
-	encrypted.layers[0].MediaType = ocispec.MediaTypeImageLayer
-	require.NoError(t, pulled(t, s, encrypted))
-	_, known, err = s.(*snapshotter).users.known.get(encrypted.chain())
-	require.NoError(t, err)
-	require.True(t, known)
-	require.NoError(t, s.Remove(t.Context(), encrypted.chain()))
-	require.True(t, needs())
-	assert.Equal(t, []string{"failed", "failed", "read", "known", "unusable", "read"}, results)
-
-	require.ErrorIs(t, s.(LayerObserver).LayersPrepared(t.Context(), img.layers, append(img.diffIDs, img.diffIDs...), img.fetch), errdefs.ErrInvalidArgument)
-	require.NoError(t, s.(LayerObserver).LayersPrepared(t.Context(), nil, nil, img.fetch))
-}
-
 // Without the option, no layer is read and nothing stays of the time with it.
 func TestResolveUsersOff(t *testing.T) {
 	root := t.TempDir()
@@ -318,81 +267,11 @@ func TestResolveUsersOff(t *testing.T) {
 	require.NoError(t, s.Close())
 	require.FileExists(t, filepath.Join(root, "users.db"))
 
-	s = newSnapshotter(t, root, Config{ResolveUsers: ResolveUsersOff})
+	s = newSnapshotter(t, root, Config{Users: users.Config{Resolve: users.ResolveOff}})
 	require.NoFileExists(t, filepath.Join(root, "users.db"))
 	require.NoError(t, pulled(t, s, img))
 	require.EqualValues(t, 1, img.fetched.Load())
-	needs, err := s.(LayerObserver).NeedsLayers(t.Context(), img.chain())
+	needs, err := s.(users.LayerObserver).NeedsLayers(t.Context(), img.chain())
 	require.NoError(t, err)
 	require.False(t, needs)
-}
-
-// The store is a cache: a damaged one is no reason not to start.
-func TestUserStore(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "users.db")
-	big := bytes.Repeat([]byte("x"), 3<<20)
-	all := map[string]users.Files{
-		"sha256:1": {Passwd: []byte("P"), Group: []byte("G")},
-		"sha256:2": {Passwd: []byte{}},
-		"sha256:3": {Group: big},
-		"sha256:4": {},
-	}
-	s, err := openUserStore(t.Context(), path)
-	require.NoError(t, err)
-	for chain, files := range all {
-		require.NoError(t, s.put(chain, users.Files{Passwd: []byte("old"), Group: []byte("old")}))
-		require.NoError(t, s.put(chain, files))
-	}
-	for range 2 {
-		for chain, want := range all {
-			got, known, err := s.get(chain)
-			require.NoError(t, err)
-			require.True(t, known)
-			require.Equal(t, want, got, chain)
-		}
-		require.NoError(t, s.close())
-		s, err = openUserStore(t.Context(), path)
-		require.NoError(t, err)
-	}
-	_, known, err := s.get("sha256:5")
-	require.NoError(t, err)
-	require.False(t, known)
-	require.NoError(t, s.remove("sha256:5"))
-	require.NoError(t, s.remove("sha256:1"))
-	chains, err := s.chains()
-	require.NoError(t, err)
-	require.Equal(t, []string{"sha256:2", "sha256:3", "sha256:4"}, chains)
-	require.NoError(t, s.close())
-
-	intact, err := os.ReadFile(path)
-	require.NoError(t, err)
-	for name, damaged := range map[string][]byte{
-		"cut off":     intact[:bytes.Index(intact, big)+len(big)/2],
-		"first pages": intact[:12<<10],
-		"text":        []byte(strings.Repeat("text\n", 10000)),
-		"garbage":     append(bytes.Clone(intact[:8192]), bytes.Repeat([]byte{0x5a}, len(intact)-8192)...),
-	} {
-		t.Run(name, func(t *testing.T) {
-			require.NoError(t, os.WriteFile(path, damaged, 0o600))
-			s, err := openUserStore(t.Context(), path)
-			require.NoError(t, err)
-			defer s.close()
-			chains, err := s.chains()
-			require.NoError(t, err)
-			require.Empty(t, chains)
-			require.NoError(t, s.put("sha256:1", all["sha256:1"]))
-			require.NoError(t, s.close())
-		})
-	}
-
-	db, err := bolt.Open(path, 0o600, nil)
-	require.NoError(t, err)
-	defer db.Close()
-	before, err := os.Stat(path)
-	require.NoError(t, err)
-	_, err = openUserStore(t.Context(), path)
-	require.ErrorContains(t, err, path, "a store that is in use is not a damaged one")
-	after, err := os.Stat(path)
-	require.NoError(t, err)
-	require.True(t, os.SameFile(before, after))
 }

@@ -14,7 +14,7 @@
    limitations under the License.
 */
 
-package snapshotter
+package users
 
 import (
 	"bytes"
@@ -22,19 +22,18 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime/debug"
 	"time"
 
 	"github.com/containerd/log"
 	bolt "go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
 
-	"github.com/guest-pull/guest-pull-snapshotter/plugin/users"
+	"github.com/guest-pull/guest-pull-snapshotter/plugin/internal/guard"
 )
 
-// userStore keeps the users and groups of images by their chain ID. It is a
+// store keeps the users and groups of images by their chain ID. It is a
 // cache: what is lost is read again when the image is next pulled.
-type userStore struct {
+type store struct {
 	db *bolt.DB
 }
 
@@ -45,83 +44,74 @@ var (
 	keyUnusable = []byte("unusable") // why, and then nothing else
 )
 
-// openUserStore opens the store. One that cannot be read is replaced.
-func openUserStore(ctx context.Context, path string) (*userStore, error) {
-	s, err := tryUserStore(path)
+// openStore opens the store. One that cannot be read is replaced.
+func openStore(ctx context.Context, path string) (*store, error) {
+	s, err := tryStore(path)
 	if err == nil {
 		return s, nil
 	}
-	if errors.Is(err, berrors.ErrTimeout) || !errors.Is(err, errDamaged) {
+	if errors.Is(err, berrors.ErrTimeout) || !errors.Is(err, guard.ErrDamaged) {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
 	log.G(ctx).WithError(err).WithField("path", path).Warn("what was kept of images' users and groups is damaged and starts anew: it is read again when the images are next pulled")
 	if err := os.Remove(path); err != nil {
 		return nil, fmt.Errorf("replace a damaged store of users: %w", err)
 	}
-	if s, err = tryUserStore(path); err != nil {
+	if s, err = tryStore(path); err != nil {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
 	return s, nil
 }
 
-var errDamaged = errors.New("the database is damaged")
-
-// tryUserStore opens the store and reads all of it. After a panic it cannot be
-// closed: it may hold its own locks.
-func tryUserStore(path string) (_ *userStore, err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer protect(&err)
-	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: 5 * time.Second})
-	switch {
-	case errors.Is(err, berrors.ErrInvalid), errors.Is(err, berrors.ErrChecksum), errors.Is(err, berrors.ErrVersionMismatch):
-		return nil, fmt.Errorf("%w: %w", errDamaged, err)
-	case err != nil:
-		return nil, err
-	}
-	s, size := &userStore{db}, 0
-	err = db.Update(func(tx *bolt.Tx) error {
-		b, err := tx.CreateBucketIfNotExists(bucketUsers)
-		if err != nil {
-			return fmt.Errorf("%w: %w", errDamaged, err)
+// tryStore opens the store and reads all of it.
+func tryStore(path string) (s *store, err error) {
+	err = guard.Do(func() error {
+		db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: 5 * time.Second})
+		switch {
+		case errors.Is(err, berrors.ErrInvalid), errors.Is(err, berrors.ErrChecksum), errors.Is(err, berrors.ErrVersionMismatch):
+			return fmt.Errorf("%w: %w", guard.ErrDamaged, err)
+		case err != nil:
+			return err
 		}
-		return b.ForEachBucket(func(k []byte) error {
-			return b.Bucket(k).ForEach(func(_, v []byte) error {
-				size += len(bytes.Clone(v)) // a file that is cut off faults here
-				return nil
+		size := 0
+		err = db.Update(func(tx *bolt.Tx) error {
+			b, err := tx.CreateBucketIfNotExists(bucketUsers)
+			if err != nil {
+				return fmt.Errorf("%w: %w", guard.ErrDamaged, err)
+			}
+			return b.ForEachBucket(func(k []byte) error {
+				return b.Bucket(k).ForEach(func(_, v []byte) error {
+					size += len(bytes.Clone(v)) // a file that is cut off faults here
+					return nil
+				})
 			})
 		})
+		if err != nil {
+			return errors.Join(err, db.Close())
+		}
+		s = &store{db}
+		return nil
 	})
-	if err != nil {
-		return nil, errors.Join(err, db.Close())
-	}
-	return s, nil
+	return s, err
 }
 
-// protect turns a panic into an error: bbolt panics on a damaged page and faults
-// on a truncated file, and neither may take containerd down.
-func protect(err *error) {
-	if r := recover(); r != nil {
-		*err = fmt.Errorf("%w: %v", errDamaged, r)
-	}
-}
-
-func (s *userStore) close() error { return s.db.Close() }
+func (s *store) close() error { return s.db.Close() }
 
 // view and update are transactions that survive a damaged file.
-func (s *userStore) view(fn func(*bolt.Bucket) error) (err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer protect(&err)
-	return s.db.View(func(tx *bolt.Tx) error { return fn(tx.Bucket(bucketUsers)) })
+func (s *store) view(fn func(*bolt.Bucket) error) error {
+	return guard.Do(func() error {
+		return s.db.View(func(tx *bolt.Tx) error { return fn(tx.Bucket(bucketUsers)) })
+	})
 }
 
-func (s *userStore) update(fn func(*bolt.Bucket) error) (err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer protect(&err)
-	return s.db.Update(func(tx *bolt.Tx) error { return fn(tx.Bucket(bucketUsers)) })
+func (s *store) update(fn func(*bolt.Bucket) error) error {
+	return guard.Do(func() error {
+		return s.db.Update(func(tx *bolt.Tx) error { return fn(tx.Bucket(bucketUsers)) })
+	})
 }
 
 // get returns the files of an image, and whether they are known.
-func (s *userStore) get(chain string) (files users.Files, known bool, err error) {
+func (s *store) get(chain string) (files Files, known bool, err error) {
 	err = s.view(func(b *bolt.Bucket) error {
 		if b = b.Bucket([]byte(chain)); b == nil {
 			return nil
@@ -130,14 +120,14 @@ func (s *userStore) get(chain string) (files users.Files, known bool, err error)
 			return nil
 		}
 		// Values are valid in the transaction only. A missing one stays nil.
-		files = users.Files{Passwd: bytes.Clone(b.Get(keyPasswd)), Group: bytes.Clone(b.Get(keyGroup))}
+		files = Files{Passwd: bytes.Clone(b.Get(keyPasswd)), Group: bytes.Clone(b.Get(keyGroup))}
 		return nil
 	})
 	return files, known, err
 }
 
 // has tells whether an image was read, with whatever result.
-func (s *userStore) has(chain string) (found bool, err error) {
+func (s *store) has(chain string) (found bool, err error) {
 	err = s.view(func(b *bolt.Bucket) error {
 		found = b.Bucket([]byte(chain)) != nil
 		return nil
@@ -146,7 +136,7 @@ func (s *userStore) has(chain string) (found bool, err error) {
 }
 
 // putUnusable notes that an image was read in vain. Another attempt may be made.
-func (s *userStore) putUnusable(chain, why string) error {
+func (s *store) putUnusable(chain, why string) error {
 	return s.update(func(b *bolt.Bucket) error {
 		b, err := b.CreateBucketIfNotExists([]byte(chain))
 		if err != nil {
@@ -156,7 +146,7 @@ func (s *userStore) putUnusable(chain, why string) error {
 	})
 }
 
-func (s *userStore) put(chain string, files users.Files) error {
+func (s *store) put(chain string, files Files) error {
 	return s.update(func(b *bolt.Bucket) error {
 		b, err := b.CreateBucketIfNotExists([]byte(chain))
 		if err != nil {
@@ -178,7 +168,7 @@ func (s *userStore) put(chain string, files users.Files) error {
 
 // remove forgets an image. One that is not known is no error, and costs no
 // write.
-func (s *userStore) remove(chain string) error {
+func (s *store) remove(chain string) error {
 	if found, err := s.has(chain); err != nil || !found {
 		return err
 	}
@@ -192,7 +182,7 @@ func (s *userStore) remove(chain string) error {
 }
 
 // chains lists the images that were read.
-func (s *userStore) chains() (chains []string, err error) {
+func (s *store) chains() (chains []string, err error) {
 	err = s.view(func(b *bolt.Bucket) error {
 		return b.ForEachBucket(func(k []byte) error {
 			chains = append(chains, string(k))

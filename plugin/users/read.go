@@ -17,8 +17,9 @@
 // Package users finds out which users and groups an image has, from its layers
 // as a registry stores them, without keeping anything else of the image: it
 // reads the layers from the top down, in memory, and stops as soon as the
-// contents of /etc/passwd and /etc/group are certain. It also makes these two
-// files from an administrator's list.
+// contents of /etc/passwd and /etc/group are certain. It keeps what it found for
+// the containers of the image, and lays it out as a directory where containerd
+// looks. It also makes these two files from an administrator's list.
 //
 // What a layer does to the files of the layers below it is what containerd's
 // overlay snapshotter makes of it (containerd, pkg/archive/tar.go, and the
