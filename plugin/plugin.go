@@ -105,9 +105,10 @@ func initialize(ic *plugin.InitContext) (any, error) {
 		ic.Meta.Capabilities = append(ic.Meta.Capabilities, "remap-ids")
 	}
 
-	// A layer is answered for from its name: all layers of an image can be
-	// recorded at once (patches/containerd, core/unpack, PrepareChainCap).
-	ic.Meta.Capabilities = append(ic.Meta.Capabilities, "prepare-chain")
+	// No image content gets to the host, and a layer is answered for from its name
+	// (core/snapshots/snapshotter.go after patches/containerd, RemoteOnlyCap).
+	// containerd's pulls and CRI ask for nothing else to know it.
+	ic.Meta.Capabilities = append(ic.Meta.Capabilities, "remote-only")
 
 	m := metrics.New()
 	s, err := snapshotter.New(ic.Context, root, snapshotter.Config{

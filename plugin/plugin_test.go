@@ -70,7 +70,7 @@ func TestRegistration(t *testing.T) {
 	assert.Equal(t, map[string]string{"root": root, "enable_remote_snapshot_annotations": "true"}, ic.Meta.Exports)
 	assert.Equal(t, platforms.DefaultSpec(), ic.Meta.Platforms[0])
 	assert.Contains(t, ic.Meta.Capabilities, "only-remap-ids")
-	assert.Contains(t, ic.Meta.Capabilities, "prepare-chain")
+	assert.Contains(t, ic.Meta.Capabilities, "remote-only")
 	assert.FileExists(t, filepath.Join(root, "metadata.db"))
 }
 
