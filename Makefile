@@ -5,6 +5,13 @@
 VERSION  ?= 0.1.0
 REVISION ?= $(shell git rev-parse HEAD 2>/dev/null)$(shell git diff --quiet HEAD 2>/dev/null || echo .m)
 
+# The minor version of containerd to build. go.mod has the version of one line, and
+# patches/containerd/vLINE/go.mod that of another.
+LINE  ?= 2.4
+LINES := $(patsubst patches/containerd/v%,%,$(wildcard patches/containerd/v*))
+ifeq ($(filter $(LINE),$(LINES)),)
+$(error there is no line $(LINE); LINE is one of: $(LINES))
+endif
 # all: containerd with the patches of patches/containerd; none: stock containerd.
 PATCHES ?= all
 # The programs that are built, besides the link to the mount helper.
@@ -17,8 +24,12 @@ DESTDIR ?=
 
 GO        ?= go
 BUILD_DIR := .build
+# What is of one line only.
+LINE_DIR := $(BUILD_DIR)/v$(LINE)
+LINE_MODFILE := $(addprefix -modfile=,$(wildcard patches/containerd/v$(LINE)/go.mod))
+LINE_TAG := containerd_$(subst .,_,$(LINE))
 CONTAINERD := github.com/containerd/containerd/v2
-CONTAINERD_VERSION := $(shell $(GO) list -m -f '{{.Version}}' $(CONTAINERD))
+CONTAINERD_VERSION := $(shell $(GO) list -m $(LINE_MODFILE) -f '{{.Version}}' $(CONTAINERD))
 
 .DEFAULT_GOAL := help
 
@@ -30,12 +41,13 @@ help: ## list the targets
 
 ifeq ($(PATCHES),none)
 PATCHED :=
-MODFILE :=
+MODFILE = $(LINE_MODFILE)
 else
 PATCHED := patched
-MODFILE = -modfile=$(BUILD_DIR)/patched/go.mod
-PATCH_LIST = $(shell $(GO) run ./builder/patch -list)
+MODFILE = -modfile=$(LINE_DIR)/patched/go.mod
+PATCH_LIST = $(shell $(PATCH) -list)
 endif
+PATCH = $(GO) run ./builder/patch -line $(LINE)
 
 GO_LDFLAGS = -s -w \
 	-X $(CONTAINERD)/version.Version=$(CONTAINERD_VERSION)+guest-pull.$(VERSION) \
@@ -43,11 +55,11 @@ GO_LDFLAGS = -s -w \
 	-X main.guestPullVersion=$(VERSION) -X main.version=$(VERSION) \
 	-X main.patches=$(PATCH_LIST)
 # The tags of containerd's own static builds. $(1): more of them.
-TAGS = netgo osusergo static_build urfave_cli_no_docs
+TAGS = netgo osusergo static_build urfave_cli_no_docs $(LINE_TAG)
 # ARCH: of another machine, in Go's words (amd64, arm64).
 GO_BUILD = CGO_ENABLED=0 $(addprefix GOARCH=,$(ARCH)) $(GO) build $(MODFILE) -trimpath -buildvcs=false -tags '$(TAGS) $(1)' -ldflags '$(GO_LDFLAGS)'
 
-build: $(PATCHED) ## build containerd, ctr, the runc shim and the mount helper into bin/ (PATCHES=none: stock containerd and the plugin)
+build: $(PATCHED) ## build containerd, ctr, the runc shim and the mount helper into bin/ (LINE=2.3, 2.4; PATCHES=none: stock containerd and the plugin)
 	@mkdir -p $(BIN)
 	@echo "building into $(BIN)/: containerd $(CONTAINERD_VERSION) with guest-pull $(VERSION), patches: $(PATCHES)"
 	@$(GO_BUILD) -o $(BIN)/ ./builder/containerd $(CONTAINERD)/cmd/ctr
@@ -57,8 +69,14 @@ build: $(PATCHED) ## build containerd, ctr, the runc shim and the mount helper i
 .PHONY: build
 
 patched: ## copy containerd's source out of the module cache and apply the patches to the copy
-	@$(GO) run ./builder/patch -out $(BUILD_DIR)/patched
+	@$(PATCH)
 .PHONY: patched
+
+modules: ## make all go.mod and go.sum fit after a version in one of them was changed
+	$(GO) mod tidy
+	set -e; for modfile in $(wildcard patches/containerd/*/go.mod); do $(GO) mod tidy -modfile=$$modfile; done
+	cd integration && $(GO) mod tidy
+.PHONY: modules
 
 install: ## install what `make build` built: PREFIX (/usr/local), DESTDIR; no configuration is touched
 	install -d $(DESTDIR)$(PREFIX)/bin
@@ -81,7 +99,7 @@ ARCHES ?= amd64 arm64
 # All files in a package are dated as the last commit.
 SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 PACKAGE_TOOLS := $(BUILD_DIR)/tools/package-$(CONTAINERD_VERSION)-1
-PACKAGE_ENV = ARCH=$$arch VERSION=$(VERSION) CONTAINERD_VERSION=$(CONTAINERD_VERSION) \
+PACKAGE_ENV = ARCH=$$arch PATCH_LIST=$(PATCH_LIST) VERSION=$(VERSION) CONTAINERD_VERSION=$(CONTAINERD_VERSION) \
 	SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) TOOLS=$(PACKAGE_TOOLS)
 
 # Built without paths of this machine, for the SBOM has the digest of its tool.
@@ -181,7 +199,7 @@ unit: deps ## run the unit and conformance tests, with the race detector
 .PHONY: unit
 
 unit-patched: patched ## run containerd's own tests of every package that a patch touches
-	cd $(BUILD_DIR)/patched/containerd && $(GO) test $$(cd $(CURDIR) && $(GO) run ./builder/patch -packages)
+	cd $(LINE_DIR)/patched/containerd && $(GO) test $$(cd $(CURDIR) && $(PATCH) -packages)
 .PHONY: unit-patched
 
 INTEGRATION_TIMEOUT := 30m
@@ -221,14 +239,14 @@ endif
 
 # What the benchmarks compare with: stock containerd, and containerd with the
 # plugin but without patches, both built with the flags of `make build`.
-BENCH := $(BUILD_DIR)/bench
+BENCH := $(LINE_DIR)/bench
 
-bench-binaries: ## build what the benchmarks compare with into .build/bench/
+bench-binaries: ## build what the benchmarks compare with into .build/vLINE/bench/
 	@mkdir -p $(BENCH)/stock
 	$(MAKE) build PATCHES=none BIN=$(BENCH)/unpatched
 	$(GO_BUILD) -o $(BENCH)/stock/ $(CONTAINERD)/cmd/containerd
 	for p in ctr containerd-shim-runc-v2 nydus-overlayfs-guest-pull; do ln -sfn ../unpatched/$$p $(BENCH)/stock/$$p; done
-bench-binaries: MODFILE =
+bench-binaries: MODFILE = $(LINE_MODFILE)
 bench-binaries: PATCH_LIST =
 .PHONY: bench-binaries
 
@@ -240,7 +258,7 @@ BENCH_RUN = cd integration && $(GO) run $(BENCH_MODFILE) ./bench
 bench-modfile: patched
 	@mkdir -p $(BENCH)
 	cp integration/go.mod integration/go.sum $(BENCH)/
-	$(GO) mod edit -replace=$(CONTAINERD)=$(CURDIR)/$(BUILD_DIR)/patched/containerd $(BENCH)/go.mod
+	$(GO) mod edit -replace=$(CONTAINERD)=$(CURDIR)/$(LINE_DIR)/patched/containerd $(BENCH)/go.mod
 .PHONY: bench-modfile
 
 bench: deps build test-tools bench-binaries bench-modfile ## measure everything against its peers (ten minutes); results go to integration/bench/

@@ -52,7 +52,9 @@ func stockBinaries(t *testing.T) string {
 	t.Helper()
 	dir := os.Getenv(stockEnv)
 	if dir == "" {
-		dir = filepath.Join("..", ".build", "bench", "stock")
+		var err error
+		dir, err = harness.Peer("stock")
+		require.NoError(t, err)
 	}
 	if _, err := os.Stat(filepath.Join(dir, "containerd")); err != nil {
 		t.Skipf("there is no stock containerd to move from and back to: %v; run `make bench-binaries`, or set %s", err, stockEnv)

@@ -52,7 +52,9 @@ func eachContainerd(t *testing.T, test func(t *testing.T, binaries string)) {
 		t.Parallel()
 		dir := os.Getenv(unpatchedEnv)
 		if dir == "" {
-			dir = filepath.Join("..", ".build", "bench", "unpatched")
+			var err error
+			dir, err = harness.Peer("unpatched")
+			require.NoError(t, err)
 		}
 		if _, err := os.Stat(filepath.Join(dir, "containerd")); err != nil {
 			t.Skipf("there is no containerd without patches to compare with: %v; run `make bench-binaries`, or set %s", err, unpatchedEnv)

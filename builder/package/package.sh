@@ -9,6 +9,7 @@
 #   ARCH               of the programs, in Go's words
 #   VERSION            of this project
 #   CONTAINERD_VERSION of containerd, with the v
+#   PATCH_LIST         of the patches that are built in, separated by commas
 #   SOURCE_DATE_EPOCH  what all files are dated
 #   TOOLS              directory of nfpm, cyclonedx-gomod, gen-manpages, go-md2man
 #                      and ctr, for this machine
@@ -93,8 +94,7 @@ stamp() {
 # tool writes the time and cannot be told which, and takes the patched copy of
 # containerd for a module of its own, which no scanner would know.
 sboms() {
-	local p file version patches
-	patches=$(go run ./builder/patch -list)
+	local p file version
 	for p in "${programs[@]}"; do
 		file=$dist/$name-$VERSION-linux-$ARCH.$p.cdx.json
 		case $p in
@@ -106,11 +106,11 @@ sboms() {
 			-output "$file" "$bin/$p"
 		sed -i -E \
 			-e "0,/\"timestamp\":/s/(\"timestamp\": )\"[^\"]*\"/\1\"$(date -u -d "@$SOURCE_DATE_EPOCH" +%FT%TZ)\"/" \
-			-e "s|\./\.build/patched/containerd@\(devel\)|github.com/containerd/containerd/v2@$CONTAINERD_VERSION|g" \
-			-e "s|\"name\": \"\./\.build/patched/containerd\"|\"name\": \"github.com/containerd/containerd/v2\"|" "$file"
+			-e "s|\./\.build/v[0-9.]+/patched/containerd@\(devel\)|github.com/containerd/containerd/v2@$CONTAINERD_VERSION|g" \
+			-e "s|\"name\": \"\./\.build/v[0-9.]+/patched/containerd\"|\"name\": \"github.com/containerd/containerd/v2\"|" "$file"
 		sed -i -E "/\"name\": \"github\.com\/containerd\/containerd\/v2\"/{
 			n
-			s|^( *)\"version\": \"[^\"]*\",|\1\"version\": \"$CONTAINERD_VERSION\",\n\1\"pedigree\": {\"notes\": \"patched: $patches\"},|
+			s|^( *)\"version\": \"[^\"]*\",|\1\"version\": \"$CONTAINERD_VERSION\",\n\1\"pedigree\": {\"notes\": \"patched: $PATCH_LIST\"},|
 		}" "$file"
 	done
 }

@@ -42,15 +42,16 @@ const stampName = ".patched.json"
 // builder makes the patched copy of one module.
 type builder struct {
 	module  string // path of the module to patch
-	patches string // directory of vMAJOR.MINOR/NNNN-title.patch
-	out     string // directory for the copy, go.mod and go.sum
+	line    string // its minor version ("2.4"), or empty for the one in go.mod
+	patches string // directory of common/ and vMAJOR.MINOR/, with NNNN-title.patch each
+	out     string // directory for the copy, go.mod and go.sum; default: .build/vMAJOR.MINOR/patched
 }
 
 // result says what a copy was made from, and what is in it.
 type result struct {
 	// Key is a digest of everything that the copy and the go.mod were made from.
 	Key string `json:"key"`
-	// Version is the module's version, as pinned in the main module's go.mod.
+	// Version is the module's version, as pinned in the line's go.mod.
 	Version string `json:"version"`
 	// Patches are the names of the applied patches, without ".patch", in order.
 	Patches []string `json:"patches"`
@@ -69,13 +70,12 @@ type module struct {
 // build makes the copy, unless there is one already that was made from the same
 // patches and versions. Several may run at the same time.
 func (b builder) build(ctx context.Context) (*result, error) {
-	mod, err := findModule(ctx, b.module)
+	l, err := b.find(ctx)
 	if err != nil {
 		return nil, err
 	}
-	files, err := b.patchFiles(mod.Version)
-	if err != nil {
-		return nil, err
+	if b.out == "" {
+		b.out = filepath.Join(".build", l.minor, "patched")
 	}
 	if err := os.MkdirAll(b.out, 0o755); err != nil {
 		return nil, err
@@ -86,7 +86,7 @@ func (b builder) build(ctx context.Context) (*result, error) {
 	}
 	defer unlock()
 
-	key, err := b.key(mod, files)
+	key, err := b.key(l)
 	if err != nil {
 		return nil, err
 	}
@@ -95,8 +95,8 @@ func (b builder) build(ctx context.Context) (*result, error) {
 		return r, nil
 	}
 
-	r := &result{Key: key, Version: mod.Version}
-	if err := b.makeCopy(ctx, mod, files, copyDir, r); err != nil {
+	r := &result{Key: key, Version: l.mod.Version}
+	if err := b.makeCopy(ctx, l, copyDir, r); err != nil {
 		return nil, err
 	}
 	return r, nil
@@ -107,9 +107,66 @@ func moduleName(modulePath string) string {
 	return regexp.MustCompile(`/v[0-9]+$`).ReplaceAllString(modulePath, "")
 }
 
-func findModule(ctx context.Context, modulePath string) (*module, error) {
+// line is what a copy is made from.
+type line struct {
+	modfile string   // pins the version
+	mod     *module  // the module at that version
+	minor   string   // "v2.4"
+	patches []string // files, in order
+}
+
+// find finds the line's module and patches.
+func (b builder) find(ctx context.Context) (line, error) {
+	var (
+		l   line
+		err error
+	)
+	if l.modfile, err = b.modfile(); err != nil {
+		return line{}, err
+	}
+	if l.mod, err = findModule(ctx, b.module, l.modfile); err != nil {
+		return line{}, err
+	}
+	if l.minor, err = b.minor(l.mod); err != nil {
+		return line{}, err
+	}
+	if l.patches, err = b.series(l.minor); err != nil {
+		return line{}, err
+	}
+	return l, nil
+}
+
+// modfile returns the go.mod that pins the line: its own, next to its patches, if
+// it has one, or else the main module's.
+func (b builder) modfile() (string, error) {
+	if b.line == "" {
+		return "go.mod", nil
+	}
+	own := filepath.Join(b.patches, "v"+b.line, "go.mod")
+	if _, err := os.Stat(own); err == nil {
+		return own, nil
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	return "go.mod", nil
+}
+
+// minor returns the minor version that the module is of ("v2.4").
+func (b builder) minor(mod *module) (string, error) {
+	minor := regexp.MustCompile(`^v[0-9]+\.[0-9]+`).FindString(mod.Version)
+	if minor == "" {
+		return "", fmt.Errorf("%s has version %q, which names no minor version", b.module, mod.Version)
+	}
+	if b.line != "" && minor != "v"+b.line {
+		return "", fmt.Errorf("there is no line %s: no go.mod in %s, and go.mod has %s@%s",
+			b.line, filepath.Join(b.patches, "v"+b.line), b.module, mod.Version)
+	}
+	return minor, nil
+}
+
+func findModule(ctx context.Context, modulePath, modfile string) (*module, error) {
 	list := func() (*module, error) {
-		out, err := command(ctx, "", nil, "go", "list", "-m", "-json", modulePath)
+		out, err := command(ctx, "", nil, "go", "list", "-m", "-modfile="+modfile, "-json", modulePath)
 		if err != nil {
 			return nil, err
 		}
@@ -125,7 +182,7 @@ func findModule(ctx context.Context, modulePath string) (*module, error) {
 	}
 	if m.Dir == "" {
 		// It is not in the module cache yet.
-		if _, err := command(ctx, "", nil, "go", "mod", "download", modulePath); err != nil {
+		if _, err := command(ctx, "", nil, "go", "mod", "download", "-modfile="+modfile, modulePath); err != nil {
 			return nil, err
 		}
 		if m, err = list(); err != nil {
@@ -138,46 +195,57 @@ func findModule(ctx context.Context, modulePath string) (*module, error) {
 	return m, nil
 }
 
-// patchFiles returns the patches for the version's minor version, in order.
-func (b builder) patchFiles(version string) ([]string, error) {
-	minor := regexp.MustCompile(`^v[0-9]+\.[0-9]+`).FindString(version)
-	if minor == "" {
-		return nil, fmt.Errorf("%s has version %q, which names no minor version", b.module, version)
+// series returns the patches of a minor version, in order: those that all lines
+// have in common, and its own.
+func (b builder) series(minor string) ([]string, error) {
+	var (
+		files  []string
+		number = map[string]string{}
+	)
+	for _, dir := range []string{filepath.Join(b.patches, "common"), filepath.Join(b.patches, minor)} {
+		found, err := filepath.Glob(filepath.Join(dir, "*.patch"))
+		if err != nil {
+			return nil, err
+		}
+		for _, f := range found {
+			n, _, _ := strings.Cut(filepath.Base(f), "-")
+			if other, ok := number[n]; ok {
+				return nil, fmt.Errorf("%s and %s have one number: a patch is in common or in a line, not in both", other, f)
+			}
+			number[n] = f
+		}
+		files = append(files, found...)
 	}
-	dir := filepath.Join(b.patches, minor)
-	entries, err := os.ReadDir(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("no patches for %s@%s: %w; port the patches to %s, or build without them", b.module, version, err, minor)
+	if _, err := os.Stat(filepath.Join(b.patches, minor)); errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("no patches for %s %s: %w; port the patches to it, or build without them", b.module, minor, err)
 	} else if err != nil {
 		return nil, err
 	}
-	var files []string
-	for _, e := range entries {
-		if strings.HasSuffix(e.Name(), ".patch") {
-			files = append(files, filepath.Join(dir, e.Name()))
-		}
-	}
 	if len(files) == 0 {
-		return nil, fmt.Errorf("no patches for %s@%s: %s has no file *.patch", b.module, version, dir)
+		return nil, fmt.Errorf("no patches for %s %s: neither common nor %s in %s has a file *.patch", b.module, minor, minor, b.patches)
 	}
-	slices.Sort(files)
+	slices.SortFunc(files, func(a, b string) int { return strings.Compare(filepath.Base(a), filepath.Base(b)) })
 	return files, nil
 }
 
 // key digests what decides the content of the copy and of the go.mod.
-func (b builder) key(mod *module, patchFiles []string) (string, error) {
+func (b builder) key(l line) (string, error) {
 	h := sha256.New()
+	gosum := sumFile(l.modfile)
 	// Count up when this command changes what it makes from the same input.
-	fmt.Fprintf(h, "1 %s %s %s\n", mod.Path, mod.Version, mod.Dir)
-	for _, name := range append([]string{"go.mod", "go.sum"}, patchFiles...) {
+	fmt.Fprintf(h, "1 %s %s %s\n", l.mod.Path, l.mod.Version, l.mod.Dir)
+	for _, name := range append([]string{l.modfile, gosum}, l.patches...) {
 		data, err := os.ReadFile(name)
-		if err != nil && (name != "go.sum" || !errors.Is(err, fs.ErrNotExist)) {
+		if err != nil && (name != gosum || !errors.Is(err, fs.ErrNotExist)) {
 			return "", err
 		}
 		fmt.Fprintf(h, "%s %d\n%s\n", name, len(data), data)
 	}
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
+
+// sumFile is where the go command keeps the checksums for a go.mod.
+func sumFile(modfile string) string { return strings.TrimSuffix(modfile, ".mod") + ".sum" }
 
 func readStamp(copyDir string) *result {
 	data, err := os.ReadFile(filepath.Join(copyDir, stampName))
@@ -202,7 +270,7 @@ func (b builder) hasModfile() bool {
 
 // makeCopy makes everything under another name first: whatever interrupts it, a
 // copy with a stamp is complete and belongs to the go.mod next to it.
-func (b builder) makeCopy(ctx context.Context, mod *module, patchFiles []string, copyDir string, r *result) (err error) {
+func (b builder) makeCopy(ctx context.Context, l line, copyDir string, r *result) (err error) {
 	// What an interrupted run left. The lock is held, so nobody uses it.
 	left, err := filepath.Glob(filepath.Join(b.out, ".stage-*"))
 	if err != nil {
@@ -223,13 +291,13 @@ func (b builder) makeCopy(ctx context.Context, mod *module, patchFiles []string,
 
 	// CopyFS makes the copy writable, which the module cache is not.
 	dir := filepath.Join(stage, "copy")
-	if err := os.CopyFS(dir, os.DirFS(mod.Dir)); err != nil {
-		return fmt.Errorf("copy %s@%s: %w", mod.Path, mod.Version, err)
+	if err := os.CopyFS(dir, os.DirFS(l.mod.Dir)); err != nil {
+		return fmt.Errorf("copy %s@%s: %w", l.mod.Path, l.mod.Version, err)
 	}
 	packages := map[string]struct{}{}
-	for _, name := range patchFiles {
+	for _, name := range l.patches {
 		if err := apply(ctx, dir, name); err != nil {
-			return fmt.Errorf("%s does not apply to %s@%s: %w", name, mod.Path, mod.Version, err)
+			return fmt.Errorf("%s does not apply to %s@%s: %w", name, l.mod.Path, l.mod.Version, err)
 		}
 		touched, err := touchedFiles(ctx, dir, name)
 		if err != nil {
@@ -259,7 +327,7 @@ func (b builder) makeCopy(ctx context.Context, mod *module, patchFiles []string,
 	if err := os.WriteFile(filepath.Join(dir, stampName), append(stamp, '\n'), 0o644); err != nil {
 		return err
 	}
-	if err := b.writeModfile(ctx, stage, copyDir); err != nil {
+	if err := b.writeModfile(ctx, l.modfile, stage, copyDir); err != nil {
 		return err
 	}
 
@@ -276,14 +344,14 @@ func (b builder) makeCopy(ctx context.Context, mod *module, patchFiles []string,
 	return os.Rename(dir, copyDir)
 }
 
-// writeModfile writes a go.mod, and its go.sum, that differ from the main
-// module's only in using the copy.
-func (b builder) writeModfile(ctx context.Context, stage, copyDir string) error {
-	gomod, err := os.ReadFile("go.mod")
+// writeModfile writes a go.mod, and its go.sum, that differ from the line's only
+// in using the copy.
+func (b builder) writeModfile(ctx context.Context, modfile, stage, copyDir string) error {
+	gomod, err := os.ReadFile(modfile)
 	if err != nil {
 		return err
 	}
-	gosum, err := os.ReadFile("go.sum")
+	gosum, err := os.ReadFile(sumFile(modfile))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}

@@ -150,6 +150,52 @@ func TestBuild(t *testing.T) {
 	assertNoStage(t, b)
 }
 
+// TestBuildLines guards that each line is made of its own version of the module,
+// the patches that all have in common, and its own, by number whichever directory
+// they are in.
+func TestBuildLines(t *testing.T) {
+	evening := strings.NewReplacer(`"hello"`, `"good morning"`, `"good morning"`, `"good evening"`).Replace(greetPatch)
+	b := newProject(t, map[string]string{"0001-greet.patch": greetPatch, "0003-part.patch": partPatch})
+	b.out = ""
+	require.NoError(t, os.Mkdir("patches/common", 0o755))
+	require.NoError(t, os.WriteFile("patches/common/0002-evening.patch", []byte(evening), 0o644))
+	require.NoError(t, os.Mkdir("patches/v2.3", 0o755))
+	require.NoError(t, os.WriteFile("patches/v2.3/0001-greet.patch",
+		[]byte(strings.ReplaceAll(strings.ReplaceAll(greetPatch, `"hello"`, `"hi"`), "Greet greets", "Greet greeted")), 0o644))
+	require.NoError(t, os.CopyFS("older", os.DirFS("cache")))
+	source, err := os.ReadFile("older/greet/greet.go")
+	require.NoError(t, err)
+	require.NoError(t, os.Chmod("older/greet/greet.go", 0o644))
+	require.NoError(t, os.WriteFile("older/greet/greet.go",
+		[]byte(strings.ReplaceAll(strings.ReplaceAll(string(source), `"hello"`, `"hi"`), "Greet greets", "Greet greeted")), 0o644))
+	gomod, err := os.ReadFile("go.mod")
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile("patches/v2.3/go.mod",
+		[]byte(strings.NewReplacer("v2.4.2", "v2.3.7", "./cache", "./older").Replace(string(gomod))), 0o644))
+	// The second patch finds both forms of the first one.
+	require.NoError(t, os.WriteFile("patches/common/0002-evening.patch", []byte(strings.Replace(evening,
+		"@@ -3,5 +3,5 @@ package greet\n // Greet greets.\n", "@@ -4,4 +4,4 @@ package greet\n", 1)), 0o644))
+
+	for _, tc := range []struct {
+		line, version, says string
+		patches             []string
+	}{
+		{"", "v2.4.2", "good evening, good night", []string{"0001-greet", "0002-evening", "0003-part"}},
+		{"2.4", "v2.4.2", "good evening, good night", []string{"0001-greet", "0002-evening", "0003-part"}},
+		{"2.3", "v2.3.7", "good evening, bye", []string{"0001-greet", "0002-evening"}},
+	} {
+		b.line = tc.line
+		r, err := b.build(t.Context())
+		require.NoError(t, err, tc.line)
+		assert.Equal(t, tc.version, r.Version)
+		assert.Equal(t, tc.patches, r.Patches)
+		assert.Equal(t, tc.says, runApp(t, "-modfile=.build/"+tc.version[:4]+"/patched/go.mod"), tc.line)
+	}
+	var stdout bytes.Buffer
+	require.NoError(t, run(t.Context(), []string{"-module=" + b.module, "-patches=patches", "-line=2.3", "-series"}, &stdout))
+	assert.Equal(t, "patches/v2.3/0001-greet.patch\npatches/common/0002-evening.patch\n", stdout.String())
+}
+
 // TestBuildOrder guards that patches are applied in the order of their names:
 // the second one changes what the first one wrote.
 func TestBuildOrder(t *testing.T) {
@@ -275,11 +321,21 @@ func TestBuildBadInput(t *testing.T) {
 	}{
 		"no patches for the version": {
 			change: func(t *testing.T, _ *builder) { require.NoError(t, os.Rename("patches/v2.4", "patches/v2.3")) },
-			want:   []string{"no patches for example.com/greeter/v2@v2.4.2", "port the patches to v2.4"},
+			want:   []string{"no patches for example.com/greeter/v2 v2.4", "port the patches to it"},
 		},
 		"an empty directory": {
 			change: func(t *testing.T, _ *builder) { require.NoError(t, os.Remove("patches/v2.4/0001-greet.patch")) },
-			want:   []string{"patches/v2.4 has no file *.patch"},
+			want:   []string{"neither common nor v2.4 in patches has a file *.patch"},
+		},
+		"one number twice": {
+			change: func(t *testing.T, _ *builder) {
+				require.NoError(t, os.CopyFS("patches/common", os.DirFS("patches/v2.4")))
+			},
+			want: []string{"patches/common/0001-greet.patch", "patches/v2.4/0001-greet.patch", "not in both"},
+		},
+		"a line that is not there": {
+			change: func(_ *testing.T, b *builder) { b.line = "2.9" },
+			want:   []string{"no line 2.9", "no go.mod in patches/v2.9", "go.mod has example.com/greeter/v2@v2.4.2"},
 		},
 		"not a patch": {
 			change: func(t *testing.T, _ *builder) {

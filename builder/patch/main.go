@@ -14,11 +14,16 @@
    limitations under the License.
 */
 
-// Command patch makes a patched copy of the containerd module that go.mod
-// pins, and a go.mod to build with it:
+// Command patch makes a patched copy of the containerd module of one line, and a
+// go.mod to build with it:
 //
-//	go run ./builder/patch
-//	go build -modfile=.build/patched/go.mod ./builder/containerd
+//	go run ./builder/patch -line 2.4
+//	go build -modfile=.build/v2.4/patched/go.mod ./builder/containerd
+//
+// A line is a minor version of containerd. Its patches are those in
+// patches/containerd/common and those in its own directory next to that, in the
+// order of their numbers. The version is in the go.mod of its own directory or, if
+// there is none, in the main module's.
 //
 // Run it in the root of the main module. The copy, go.mod and go.sum are left
 // alone while neither the patches nor the pinned versions change, so it can be
@@ -28,6 +33,7 @@
 //
 // Whatever it prints on standard output was asked for with a flag:
 //
+//	-series    the files of the line's patches, in order, one a line; no copy is made
 //	-list      the names of the patches that are in the copy, in order, on one
 //	           line, separated by commas
 //	-packages  the packages that the patches touch, one a line, as patterns for
@@ -66,11 +72,13 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		flags    = flag.NewFlagSet("patch", flag.ContinueOnError)
 		b        builder
 		list     = flags.Bool("list", false, "print the names of the patches that are in the copy")
+		series   = flags.Bool("series", false, "print the files of the line's patches, and make no copy")
 		packages = flags.Bool("packages", false, "print the packages that the patches touch")
 	)
 	flags.StringVar(&b.module, "module", "github.com/containerd/containerd/v2", "the module to patch")
-	flags.StringVar(&b.patches, "patches", "patches/containerd", "directory with a directory of patches for each minor version")
-	flags.StringVar(&b.out, "out", ".build/patched", "directory to write the copy, go.mod and go.sum to")
+	flags.StringVar(&b.line, "line", "", "minor version of the module, such as 2.4 (default: that of go.mod)")
+	flags.StringVar(&b.patches, "patches", "patches/containerd", "directory with the directories common and vMAJOR.MINOR of patches")
+	flags.StringVar(&b.out, "out", "", "directory to write the copy, go.mod and go.sum to (default .build/vMAJOR.MINOR/patched)")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -78,6 +86,16 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		return fmt.Errorf("unexpected argument %q", flags.Arg(0))
 	}
 
+	if *series {
+		l, err := b.find(ctx)
+		if err != nil {
+			return err
+		}
+		for _, f := range l.patches {
+			fmt.Fprintln(stdout, f)
+		}
+		return nil
+	}
 	result, err := b.build(ctx)
 	if err != nil {
 		return err

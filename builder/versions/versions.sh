@@ -99,7 +99,7 @@ for version in "$@"; do
 	tag=containerd_$(sed -E 's/^v([0-9]+)\.([0-9]+)\..*/\1_\2/' <<<"$version")
 	if [ "$version" = "$CONTAINERD_VERSION" ]; then
 		# The copy of containerd is named relative to the main module.
-		step modules cp .build/patched/go.mod .build/patched/go.sum "$dir/"
+		step modules cp .build/v2.4/patched/go.mod .build/v2.4/patched/go.sum "$dir/"
 		patches=$(go run ./builder/patch -list)
 		how=$(tr ',' '\n' <<<"$patches" | wc -l)
 	else

@@ -224,26 +224,19 @@ const quiet = "[debug]\nlevel = \"info\"\n"
 // findBinaries finds them in the source tree. GUEST_PULL_CONTAINERD may name
 // another directory for this project's own, as for the tests.
 func findBinaries() (binaries, error) {
-	dir, err := os.Getwd()
+	ours, err := harness.Binaries()
 	if err != nil {
 		return binaries{}, err
 	}
-	for ; ; dir = filepath.Dir(dir) {
-		if _, err := os.Stat(filepath.Join(dir, "integration", "go.mod")); err == nil {
-			break
-		}
-		if dir == filepath.Dir(dir) {
-			return binaries{}, errors.New("the benchmarks have to be started inside the source tree")
-		}
+	unpatched, err := harness.Peer("unpatched")
+	if err != nil {
+		return binaries{}, err
 	}
-	b := binaries{
-		ours:      os.Getenv("GUEST_PULL_CONTAINERD"),
-		unpatched: filepath.Join(dir, ".build", "bench", "unpatched"),
-		stock:     filepath.Join(dir, ".build", "bench", "stock"),
+	stock, err := harness.Peer("stock")
+	if err != nil {
+		return binaries{}, err
 	}
-	if b.ours == "" {
-		b.ours = filepath.Join(dir, "bin")
-	}
+	b := binaries{ours: ours, unpatched: unpatched, stock: stock}
 	for what, dir := range map[string]string{"make build": b.ours, "make bench-binaries": b.unpatched, "make  bench-binaries": b.stock} {
 		if _, err := os.Stat(filepath.Join(dir, "containerd")); err != nil {
 			return b, fmt.Errorf("%w; run `%s`", err, what)

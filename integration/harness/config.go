@@ -27,6 +27,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 
 	"github.com/pelletier/go-toml/v2"
@@ -124,6 +125,30 @@ type binaries struct {
 func Binaries() (string, error) {
 	b, err := findBinaries(Options{})
 	return b.dir, err
+}
+
+// Peer returns the directory of a containerd that the one under test is compared
+// with, of the same minor version, as `make bench-binaries` builds them: "stock", or
+// "unpatched", which has the plugin and no patches.
+func Peer(name string) (string, error) {
+	dir, err := Binaries()
+	if err != nil {
+		return "", err
+	}
+	repo, err := repository()
+	if err != nil {
+		return "", err
+	}
+	program := filepath.Join(dir, "containerd")
+	out, err := exec.Command(program, "--version").Output()
+	if err != nil {
+		return "", fmt.Errorf("ask %s for its version: %w", program, err)
+	}
+	line := regexp.MustCompile(` v[0-9]+\.[0-9]+`).FindString(string(out))
+	if line == "" {
+		return "", fmt.Errorf("%s --version names no version: %q", program, out)
+	}
+	return filepath.Join(repo, ".build", line[1:], "bench", name), nil
 }
 
 func findBinaries(o Options) (binaries, error) {
