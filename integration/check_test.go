@@ -19,6 +19,7 @@ package integration_test
 import (
 	"context"
 	"encoding/json"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
@@ -255,4 +256,50 @@ func TestStatus(t *testing.T) {
 	_, err = n.Ctr(ctx, "-n", "k8s.io", "snapshots", "--snapshotter", "guest-pull", "rm", "forgotten")
 	require.NoError(t, err, "the command that the status gives")
 	require.Len(t, status(t, n).Snapshots, 2)
+}
+
+// One command turns guest pull on for a handler that the node has, and one takes it
+// back; until containerd is restarted neither has an effect. What is in the way of
+// taking it back is named, by the names that its owner knows.
+func TestEnable(t *testing.T) {
+	reg := newRegistry(t)
+	n := harness.New(t, harness.Options{Registry: reg, GuestSnapshotter: "overlayfs"})
+	if !n.StandIn() {
+		t.Skip("RUNTIME names a guest that may run on what the host unpacks")
+	}
+	img := push(t, reg, images.Spec{Name: "app", Layers: 2})
+	before, err := os.ReadFile(filepath.Join(n.Dir(), "config.toml"))
+	require.NoError(t, err)
+
+	out, err := n.Containerd(t.Context(), "guest-pull", "enable", harness.Guest)
+	require.ErrorContains(t, err, "--import", out)
+	out, err = n.Containerd(t.Context(), "guest-pull", "enable", "--import", harness.Guest)
+	require.NoError(t, err, out)
+	require.Contains(t, out, "handler guest: snapshotter overlayfs -> guest-pull")
+	require.NoError(t, n.Down())
+	require.NoError(t, n.Up(t.Context()))
+	pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
+	c := run(t, pod, harness.ContainerSpec{Image: img.Ref})
+	requireRuns(t, c, img)
+	requireInGuest(t, n, reg, c, img)
+	require.Empty(t, check(t, n).errors())
+
+	out, err = n.Containerd(t.Context(), "guest-pull", "disable", harness.Guest)
+	require.Error(t, err)
+	for _, inTheWay := range []string{pod.ID, pod.Config.GetMetadata().GetName(), "crictl rmi " + img.Ref} {
+		require.Contains(t, out, inTheWay)
+	}
+	require.FileExists(t, filepath.Join(n.Dir(), "conf.d/60-guest-pull-handlers.toml"))
+
+	require.NoError(t, pod.Remove(t.Context()))
+	out, err = n.Containerd(t.Context(), "guest-pull", "disable", harness.Guest)
+	require.NoError(t, err, out)
+	after, err := os.ReadFile(filepath.Join(n.Dir(), "config.toml"))
+	require.NoError(t, err)
+	require.Equal(t, string(before), string(after))
+	require.NoFileExists(t, filepath.Join(n.Dir(), "conf.d/60-guest-pull-handlers.toml"))
+	require.NoError(t, n.Down())
+	require.NoError(t, n.Up(t.Context()))
+	_, err = n.RunPod(t.Context(), harness.PodSpec{Handler: harness.Guest})
+	require.ErrorContains(t, err, `would mount type "overlay" on the host`, "the stand-in guest on the other snapshotter")
 }

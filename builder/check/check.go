@@ -95,8 +95,9 @@ type Daemon struct {
 	Address string
 	// Err is why it could not be asked; all else is empty then.
 	Err error
-	// Binary is the path of the running program.
+	// Binary is the path of the running program, Pid its process.
 	Binary string
+	Pid    uint64
 	// HasPlugin says whether it has the snapshotter at all, and PluginErr why
 	// that one did not start, if so.
 	HasPlugin bool

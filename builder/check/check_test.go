@@ -265,7 +265,7 @@ func TestFindings(t *testing.T) {
 			[]wanted{{Warning, "patches", []string{"RuntimeClassInImageCriApi"}}}},
 
 		"no handler": {func(n *node) { n.set(`snapshotter = "guest-pull"`, "") },
-			[]wanted{{Warning, "handlers", []string{"no runtime handler", `snapshotter = "guest-pull"`}}, {Info, "handlers", []string{`"kata" runs Kata with the snapshotter "overlayfs"`}}}},
+			[]wanted{{Warning, "handlers", []string{"no runtime handler", `containerd guest-pull enable`}}, {Info, "handlers", []string{`"kata" runs Kata with the snapshotter "overlayfs"`}}}},
 		"snapshotter for everything": {func(n *node) {
 			n.set(`snapshotter = "overlayfs"`, `snapshotter = "guest-pull"`)
 			n.program("/usr/bin/containerd-shim-runc-v2", "")

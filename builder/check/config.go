@@ -127,8 +127,8 @@ func (c *Config) localPull() bool {
 		i.MaxConcurrentDownloads != 3 || len(i.Registry.Mirrors)+len(i.Registry.Configs)+len(i.Registry.Auths) > 0
 }
 
-// effectiveSnapshotter is the snapshotter that a handler's containers get.
-func (c *Config) effectiveSnapshotter(r Runtime) string {
+// EffectiveSnapshotter is the snapshotter that a handler's containers get.
+func (c *Config) EffectiveSnapshotter(r Runtime) string {
 	if r.Snapshotter != "" {
 		return r.Snapshotter
 	}

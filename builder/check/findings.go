@@ -38,7 +38,7 @@ const confD = "/etc/containerd/conf.d"
 // checkImports finds drop-in files that containerd does not read: it reads them
 // only if the main file exists and imports them.
 func (c *checker) checkImports() {
-	loaded := loadedFiles(c.Host, c.Config.Path)
+	loaded := LoadedFiles(c.Host, c.Config.Path)
 	var lost []string
 	severity := Warning
 	for _, f := range c.Host.glob(confD + "/*.toml") {
@@ -74,9 +74,10 @@ func hasSettings(b []byte) bool {
 	return len(t) > 0
 }
 
-// loadedFiles follows the imports as containerd does (cmd/containerd/server/config).
-func loadedFiles(h Host, main string) (loaded []string) {
-	pending := []string{main}
+// LoadedFiles returns the configuration files that containerd reads when its main
+// one is at path: itself and what is imported (cmd/containerd/server/config).
+func LoadedFiles(h Host, path string) (loaded []string) {
+	pending := []string{path}
 	for len(pending) > 0 {
 		path := pending[0]
 		pending = pending[1:]
@@ -225,16 +226,16 @@ func (c *checker) checkHandlers(ctx context.Context) {
 	if c.Config.Plugins.Images.Snapshotter == Snapshotter {
 		c.add(Error, "default-snapshotter", fmt.Sprintf("snapshotter = %q in %s makes it the default", Snapshotter, section(imagesURI)),
 			"pods of every handler without a snapshotter of its own, runc's too, get an empty root file system",
-			fmt.Sprintf("remove it there, and set snapshotter = %q in %s", Snapshotter, section(runtimeURI, "containerd", "runtimes", "<handler>")))
+			"remove it there, and run containerd guest-pull enable <handler>... for those whose images the guest shall pull")
 	}
 	mapped := 0
 	for _, name := range slices.Sorted(maps.Keys(conf.Runtimes)) {
 		r := conf.Runtimes[name]
-		if c.Config.effectiveSnapshotter(r) != Snapshotter {
+		if c.Config.EffectiveSnapshotter(r) != Snapshotter {
 			if strings.Contains(r.Type, "kata") {
-				c.add(Info, "handlers", fmt.Sprintf("handler %q runs Kata with the snapshotter %q", name, c.Config.effectiveSnapshotter(r)),
+				c.add(Info, "handlers", fmt.Sprintf("handler %q runs Kata with the snapshotter %q", name, c.Config.EffectiveSnapshotter(r)),
 					"images of its pods are pulled and unpacked on the host",
-					fmt.Sprintf("if they shall be pulled in the guest: snapshotter = %q in %s", Snapshotter, section(runtimeURI, "containerd", "runtimes", name)))
+					"if they shall be pulled in the guest: containerd guest-pull enable "+name)
 			}
 			continue
 		}
@@ -243,8 +244,7 @@ func (c *checker) checkHandlers(ctx context.Context) {
 	}
 	if mapped == 0 {
 		c.add(Warning, "handlers", "no runtime handler is mapped to the snapshotter", "nothing uses it: all images are pulled on the host",
-			fmt.Sprintf("set snapshotter = %q in %s for each handler whose images the guest shall pull, and restart containerd",
-				Snapshotter, section(runtimeURI, "containerd", "runtimes", "<handler>")))
+			"containerd guest-pull enable <handler>... for those whose images the guest shall pull")
 	}
 }
 

@@ -23,6 +23,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -91,12 +92,17 @@ func checkInput(ctx context.Context, cmd *cli.Command) check.Input {
 		in.Patches = strings.Split(patches, ",")
 	}
 	in.Config, in.ConfigErr = effectiveConfig(ctx, cmd)
-	address := cmd.String("address")
-	if address == "" && in.Config != nil {
-		address = in.Config.Plugins.GRPC.Address
-	}
-	in.Daemon, in.Host = askDaemon(ctx, address)
+	in.Daemon, in.Host = askDaemon(ctx, daemonAddress(cmd, in.Config))
 	return in
+}
+
+// daemonAddress is where containerd serves its API, by the command line or by the
+// configuration, which may be nil.
+func daemonAddress(cmd *cli.Command, config *check.Config) string {
+	if address := cmd.String("address"); address != "" || config == nil {
+		return address
+	}
+	return config.Plugins.GRPC.Address
 }
 
 // effectiveConfig loads the configuration as containerd does when it starts
@@ -104,7 +110,11 @@ func checkInput(ctx context.Context, cmd *cli.Command) check.Input {
 // that, it registers no proxy plugins, which ends in a panic for one of this
 // snapshotter's name.
 func effectiveConfig(ctx context.Context, cmd *cli.Command) (*check.Config, error) {
-	path := cmd.String("config")
+	return loadEffective(ctx, cmd, cmd.String("config"))
+}
+
+// loadEffective does so with another main file.
+func loadEffective(ctx context.Context, cmd *cli.Command, path string) (*check.Config, error) {
 	config := &srvconfig.Config{
 		Version: version.ConfigVersion,
 		Root:    defaults.DefaultRootDir,
@@ -129,14 +139,18 @@ func effectiveConfig(ctx context.Context, cmd *cli.Command) (*check.Config, erro
 		if p.Config == nil || !looksAt(p.URI()) {
 			continue
 		}
-		keys, err := unknownKeys(config.Plugins[p.URI()], p.Config)
+		defaults, err := copyOf(p.Config)
+		if err != nil {
+			return nil, fmt.Errorf("the defaults of [plugins.'%s']: %w", p.URI(), err)
+		}
+		keys, err := unknownKeys(config.Plugins[p.URI()], defaults)
 		if err != nil {
 			return nil, fmt.Errorf("[plugins.'%s']: %w", p.URI(), err)
 		}
 		for _, k := range keys {
 			unknown = append(unknown, fmt.Sprintf("[plugins.'%s']: %s", p.URI(), k))
 		}
-		if sections[p.URI()], err = config.Decode(ctx, p.URI(), p.Config); err != nil {
+		if sections[p.URI()], err = config.Decode(ctx, p.URI(), defaults); err != nil {
 			return nil, fmt.Errorf("[plugins.'%s']: %w", p.URI(), err)
 		}
 	}
@@ -176,6 +190,17 @@ func looksAt(uri string) bool {
 		string(plugins.TransferPlugin) + ".local",
 		grpcSection,
 	}, uri)
+}
+
+// copyOf copies a plugin's defaults. To decode into them would change them for the
+// next configuration that is loaded.
+func copyOf(config any) (any, error) {
+	b, err := toml.Marshal(config)
+	if err != nil {
+		return nil, err
+	}
+	c := reflect.New(reflect.TypeOf(config).Elem()).Interface()
+	return c, toml.Unmarshal(b, c)
 }
 
 // unknownKeys returns the keys of a section that its plugin does not have.
@@ -239,7 +264,8 @@ func askDaemon(ctx context.Context, address string) (check.Daemon, check.Host) {
 		d.Err = err
 		return d, h
 	}
-	proc := fmt.Sprintf("/proc/%d", server.GetPid())
+	d.Pid = server.GetPid()
+	proc := fmt.Sprintf("/proc/%d", d.Pid)
 	if d.Binary, err = os.Readlink(proc + "/exe"); err != nil {
 		d.Binary = "process " + filepath.Base(proc)
 	}

@@ -46,13 +46,9 @@ snapshots of containers with those that nothing needs any more.`,
 			}
 			address = config.Plugins.GRPC.Address
 		}
-		// The client waits for a socket to appear.
-		if _, err := os.Stat(address); err != nil {
-			return fmt.Errorf("containerd does not run, or serves another address (--address): %w", err)
-		}
-		client, err := containerd.New(address, containerd.WithTimeout(askTimeout))
+		client, err := connect(address)
 		if err != nil {
-			return fmt.Errorf("connect to containerd at %s: %w", address, err)
+			return err
 		}
 		defer client.Close() //nolint:errcheck // it only read
 		s, err := status.Collect(ctx, client)
@@ -64,4 +60,17 @@ snapshots of containers with those that nothing needs any more.`,
 		}
 		return s.WriteTable(cmd.Root().Writer)
 	},
+}
+
+// connect returns a client of the containerd that runs.
+func connect(address string) (*containerd.Client, error) {
+	// The client waits for a socket to appear.
+	if _, err := os.Stat(address); err != nil {
+		return nil, fmt.Errorf("containerd does not run, or serves another address (--address): %w", err)
+	}
+	client, err := containerd.New(address, containerd.WithTimeout(askTimeout))
+	if err != nil {
+		return nil, fmt.Errorf("connect to containerd at %s: %w", address, err)
+	}
+	return client, nil
 }

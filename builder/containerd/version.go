@@ -35,7 +35,7 @@ var (
 
 var guestPullCommand = &cli.Command{
 	Name:  "guest-pull",
-	Usage: "Inspect the guest-pull snapshotter",
+	Usage: "Configure and inspect the guest-pull snapshotter",
 	Commands: []*cli.Command{{
 		Name:  "version",
 		Usage: "Print the versions, and the patches to containerd that are built in",
