@@ -50,17 +50,21 @@ func eachContainerd(t *testing.T, test func(t *testing.T, binaries string)) {
 	})
 	t.Run("stock", func(t *testing.T) {
 		t.Parallel()
-		dir := os.Getenv(unpatchedEnv)
-		if dir == "" {
-			var err error
-			dir, err = harness.Peer("unpatched")
-			require.NoError(t, err)
-		}
+		dir, err := unpatchedBinaries()
+		require.NoError(t, err)
 		if _, err := os.Stat(filepath.Join(dir, "containerd")); err != nil {
 			t.Skipf("there is no containerd without patches to compare with: %v; run `make bench-binaries`, or set %s", err, unpatchedEnv)
 		}
 		test(t, dir)
 	})
+}
+
+// unpatchedBinaries returns the directory of the containerd without patches.
+func unpatchedBinaries() (string, error) {
+	if dir := os.Getenv(unpatchedEnv); dir != "" {
+		return dir, nil
+	}
+	return harness.Peer("unpatched")
 }
 
 // hasPatch reports whether the node's containerd has the patch of this number.

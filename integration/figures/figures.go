@@ -44,12 +44,13 @@ const (
 	Faults      Figure = "faults injected"
 	BadInputs   Figure = "bad inputs tried"
 	Upstream    Figure = "upstream cases passed"
+	Shapes      Figure = "image shapes tried"
 	GuestPulls  Figure = "images pulled by guests"
 	LayerBytes  Figure = "layer bytes fetched by the host"
 	SecretsSeen Figure = "secrets found in logs, labels, annotations and mounts"
 )
 
-var order = []Figure{Kills, Faults, BadInputs, Upstream, GuestPulls, LayerBytes, SecretsSeen}
+var order = []Figure{Kills, Faults, BadInputs, Upstream, Shapes, GuestPulls, LayerBytes, SecretsSeen}
 
 // Add adds n to a figure. It is safe for concurrent use, by several processes
 // too. An n of 0 says that there was something to count.

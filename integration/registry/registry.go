@@ -228,6 +228,35 @@ func (r *Registry) Push(as string, what remote.Taggable) (string, error) {
 	return ref.Name(), nil
 }
 
+// PutBlob stores a blob, for all repositories. Like Push it is not a request.
+func (r *Registry) PutBlob(digest string, data []byte) error {
+	h, err := v1.NewHash(digest)
+	if err != nil {
+		return fmt.Errorf("registry: %w", err)
+	}
+	return r.blobs.Put(context.Background(), "", h, io.NopCloser(bytes.NewReader(data)))
+}
+
+// PutManifest stores a manifest or an index as it is, by a tag or by its digest.
+// What it names has to be there. Like Push it is not a request.
+func (r *Registry) PutManifest(repository, reference, mediaType string, data []byte) error {
+	req, err := http.NewRequest(http.MethodPut, r.URL()+"/v2/"+repository+"/manifests/"+reference, bytes.NewReader(data))
+	if err != nil {
+		return fmt.Errorf("registry: %w", err)
+	}
+	req.Header.Set("Content-Type", mediaType)
+	resp, err := inProcess{r.serve}.RoundTrip(req)
+	if err != nil {
+		return fmt.Errorf("registry: %w", err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusCreated {
+		text, _ := io.ReadAll(resp.Body) // the status says enough
+		return fmt.Errorf("registry: put manifest %s of %s: %s: %s", reference, repository, resp.Status, text)
+	}
+	return nil
+}
+
 // Digest returns the digest of the manifest or index that a name such as
 // "alpine:3" stands for at this moment.
 func (r *Registry) Digest(as string) (v1.Hash, error) {
