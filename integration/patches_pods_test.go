@@ -18,6 +18,7 @@ package integration_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -25,9 +26,11 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/guest-pull/guest-pull-snapshotter/integration/harness"
 	"github.com/guest-pull/guest-pull-snapshotter/integration/images"
+	"github.com/guest-pull/guest-pull-snapshotter/integration/registry"
 )
 
 // config_path may be a list of directories, and is one by default. Each of them
@@ -89,4 +92,59 @@ func TestPatchNoProgressTimeout(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A client like crictl, which sends no UserSpecifiedImage, says by the reference in
+// CreateContainer which image it means, and before that by what it pulled for the
+// pod. The guest asks the registry of that name, and no other that has the image.
+func TestPatchImageName(t *testing.T) {
+	eachContainerd(t, func(t *testing.T, binaries string) {
+		n, first := newMixedNode(t, harness.Options{Binaries: binaries})
+		regs := []*registry.Registry{first, newRegistry(t)}
+		var pods []*harness.Pod
+		var refs, ids []string
+		img := push(t, first, images.Spec{Name: "app", Layers: 2})
+		for _, reg := range regs {
+			ref, err := reg.Push("app:1", img.Image)
+			require.NoError(t, err)
+			pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
+			id, err := pod.Pull(t.Context(), ref)
+			require.NoError(t, err)
+			pods, refs, ids = append(pods, pod), append(refs, ref), append(ids, id)
+		}
+		require.Equal(t, ids[0], ids[1])
+
+		told := func(i int, image string) error {
+			c, err := pods[i].CreateFrom(t.Context(), &runtimeapi.ContainerConfig{
+				Metadata: &runtimeapi.ContainerMetadata{Name: fmt.Sprintf("c-%d-%d", i, len(image))},
+				Image:    &runtimeapi.ImageSpec{Image: image},
+				Linux:    &runtimeapi.LinuxContainerConfig{},
+				LogPath:  fmt.Sprintf("c-%d/0.log", i),
+			})
+			require.NoError(t, err)
+			require.NoError(t, c.Start(t.Context()))
+			ctr, err := n.Client.LoadContainer(harness.CRI(t.Context()), c.ID)
+			require.NoError(t, err)
+			spec, err := ctr.Spec(harness.CRI(t.Context()))
+			require.NoError(t, err)
+			require.NoError(t, c.Remove(t.Context()))
+			if name := spec.Annotations["io.kubernetes.cri.image-name"]; name != refs[i] {
+				return fmt.Errorf("the guest is told %s and not %s, for a container of %s", name, refs[i], image)
+			}
+			return nil
+		}
+		for what, err := range map[string]error{
+			"reference":    errors.Join(told(0, refs[0]), told(1, refs[1])),
+			"ID":           errors.Join(told(0, ids[0]), told(1, ids[1])),
+			"truncated ID": errors.Join(told(0, ids[0][7:20]), told(1, ids[1][7:20])),
+		} {
+			t.Log(what)
+			requireFixed(t, n, "0015", err, "the guest is told")
+		}
+		if hasPatch(n, "0015") && n.StandIn() {
+			for _, reg := range regs {
+				require.NotEmpty(t, reg.Log().By(registry.Guest).In("app").Of(registry.Manifest).OK())
+			}
+		}
+	})
 }
