@@ -22,10 +22,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/codes"
+	grpcstatus "google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/guest-pull/guest-pull-snapshotter/integration/harness"
@@ -146,5 +149,51 @@ func TestPatchImageName(t *testing.T) {
 				require.NotEmpty(t, reg.Log().By(registry.Guest).In("app").Of(registry.Manifest).OK())
 			}
 		}
+	})
+}
+
+// A guest that needs longer for its pull than kubelet waits: each try fails with an
+// error that says what took so long, how large it is and what to set, none leaves
+// anything, and once there is enough time the container runs. The host pulls once.
+func TestPatchImpatientKubelet(t *testing.T) {
+	eachContainerd(t, func(t *testing.T, binaries string) {
+		ctx := t.Context()
+		n, reg := newMixedNode(t, harness.Options{Binaries: binaries})
+		if !n.StandIn() {
+			t.Skip("the time that a real guest takes for a pull is its own; RUNTIME names one")
+		}
+		img := push(t, reg, images.Spec{Name: "app", Layers: 3, User: "1000"})
+		pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
+		well := reg.Inject(registry.Fault{
+			Match: func(q registry.Request) bool { return len(registry.Log{q}.By(registry.Guest).Of(registry.Layer)) == 1 },
+			Do:    registry.Delay(4 * time.Second),
+		})
+		defer well()
+		for range 3 {
+			c, err := pod.Create(ctx, harness.ContainerSpec{Image: img.Ref})
+			require.NoError(t, err)
+			patience, cancel := context.WithTimeout(ctx, 2*time.Second)
+			failed := c.Start(patience)
+			cancel()
+			require.Error(t, failed)
+			require.Equal(t, codes.DeadlineExceeded, grpcstatus.Code(failed))
+			err = nil
+			for _, s := range []string{`"` + img.Ref + `"`, "2 MB compressed", "was not done after 2s", "runtimeRequestTimeout: 10m0s", "create_container_timeout = 600"} {
+				if !strings.Contains(failed.Error(), s) {
+					err = fmt.Errorf("the error does not say %q: %w", s, failed)
+				}
+			}
+			requireFixed(t, n, "0016", err, "the error does not say")
+			// It is the guest's turn to end what it has begun.
+			require.Eventually(t, func() bool {
+				s, err := c.Status(ctx)
+				return err == nil && s.State == runtimeapi.ContainerState_CONTAINER_EXITED
+			}, time.Minute, 100*time.Millisecond)
+			require.NoError(t, c.Remove(ctx))
+		}
+		c := run(t, pod, harness.ContainerSpec{Image: img.Ref})
+		require.NoError(t, checkUser(ctx, c, "1000"))
+		require.Len(t, reg.Log().By(registry.Host).In("app").Of(registry.Config).OK(), 1, "pulls by the host")
+		require.NoError(t, onlyManifests(reg, "app"))
 	})
 }

@@ -102,6 +102,15 @@ type Daemon struct {
 	// that one did not start, if so.
 	HasPlugin bool
 	PluginErr string
+	// Images are those that guests pull.
+	Images []Image
+}
+
+// Image is an image that guests pull.
+type Image struct {
+	Name string
+	// Bytes is the size of its layers as they are in the registry.
+	Bytes int64
 }
 
 // Report is the result of a check.

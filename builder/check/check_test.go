@@ -350,7 +350,15 @@ func TestFindings(t *testing.T) {
 		}, nil},
 		"kubelet's timeout": {func(n *node) { n.write(kubeletConfig, "runtimeRequestTimeout: 0s\n") },
 			[]wanted{{Warning, "create-timeout", []string{"kubelet gives up after 2m0s", "runtimeRequestTimeout: 10m0s"}}}},
-		"no kubelet": {func(n *node) { n.remove(kubeletConfig) }, nil},
+		"images that need more": {func(n *node) {
+			n.in.Daemon.Images = []Image{{"r.example/s:1", 1e6}, {"r.example/l:1", 5e9}, {"r.example/m:1", 3e9}, {"r.example/xs:1", 1}}
+		}, []wanted{{Info, "create-timeout", []string{"have 10m0s", "r.example/l:1 (5000 MB), r.example/m:1 (3000 MB), r.example/s:1 (1 MB)", "create_container_timeout = 1800 in [runtime] of " + kataFile, "runtimeRequestTimeout: 30m0s"}}}},
+		"images that need more, with kubelet's timeout": {func(n *node) {
+			n.write(kubeletConfig, "runtimeRequestTimeout: 5m0s\n")
+			n.in.Daemon.Images = []Image{{"r.example/l:1", 5e9}}
+		}, []wanted{{Warning, "create-timeout", []string{"kubelet gives up after 5m0s", "r.example/l:1", "runtimeRequestTimeout: 30m0s"}}}},
+		"images that do not need more": {func(n *node) { n.in.Daemon.Images = []Image{{"r.example/s:1", 1999e6}} }, nil},
+		"no kubelet":                   {func(n *node) { n.remove(kubeletConfig) }, nil},
 		"Kata's configuration by ConfigPath": {func(n *node) {
 			n.set("KATA", "options = { ConfigPath = \"/opt/kata/x.toml\" }")
 			n.write("/opt/kata/x.toml", "[runtime]\ncreate_container_timeout = 10\n")

@@ -17,12 +17,14 @@
 package check
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
@@ -181,16 +183,45 @@ func (c *checker) checkKata(name string, r Runtime, s shim) (path string) {
 			"the Rust shim takes an image to be pulled in the guest only without a shared file system; with one, the container gets the host's empty root file system",
 			fmt.Sprintf("set shared_fs = \"none\" in [hypervisor....] of %s, or use a configuration made for guest pull", path))
 	}
-	if k.timeout > 0 && k.timeout <= shortTimeout {
+	enough, largest := c.enoughTime()
+	timeout, kubelet := time.Duration(k.timeout)*time.Second, kubeletTimeout(c.Host)
+	limit := timeout
+	if kubelet > 0 {
+		limit = min(limit, kubelet)
+	}
+	raise := fmt.Sprintf("set create_container_timeout = %d in [%s] of %s, and runtimeRequestTimeout: %s in kubelet's configuration (%s)",
+		int(enough.Seconds()), k.timeoutIn, path, enough, kubeletConfig)
+	switch {
+	case k.timeout <= 0:
+	case k.timeout <= shortTimeout:
 		c.add(Warning, "create-timeout", fmt.Sprintf("handler %q: create_container_timeout = %d (seconds) in %s", name, k.timeout, path),
-			fmt.Sprintf("the guest pulls and unpacks an image within it; a pod whose image takes longer fails, at each try anew, with a deadline error that does not name the pull (%d s is Kata's default, made for images on the host)", k.timeout),
-			fmt.Sprintf("set create_container_timeout = 600 in [%s] of %s, and runtimeRequestTimeout: 10m0s in kubelet's configuration", k.timeoutIn, path))
-	} else if kubelet := kubeletTimeout(c.Host); kubelet > 0 && k.timeout > 0 && kubelet < time.Duration(k.timeout)*time.Second {
+			fmt.Sprintf("the guest pulls and unpacks an image within it; a pod whose image takes longer fails, at each try anew (%d s is Kata's default, made for images on the host)%s", k.timeout, largest),
+			raise)
+	case kubelet > 0 && kubelet < timeout:
 		c.add(Warning, "create-timeout", fmt.Sprintf("handler %q: kubelet gives up after %s, before create_container_timeout = %d (seconds) in %s is over", name, kubelet, k.timeout, path),
-			"the lower one counts: a pod whose image takes longer to pull in the guest fails",
-			fmt.Sprintf("set runtimeRequestTimeout: %s in %s and restart kubelet", time.Duration(k.timeout)*time.Second, kubeletConfig))
+			"the lower one counts: a pod whose image takes longer to pull in the guest fails"+largest,
+			fmt.Sprintf("set runtimeRequestTimeout: %s in %s and restart kubelet", max(timeout, enough), kubeletConfig))
+	case limit < enough-10*time.Minute:
+		c.add(Info, "create-timeout", fmt.Sprintf("handler %q: containers have %s to start, and large images may need more", name, limit),
+			"the guest pulls and unpacks the image in that time"+largest, raise)
 	}
 	return path
+}
+
+// enoughTime is how long the start of a container may have to take on this node,
+// which is what containerd advises too when it was not enough
+// (internal/cri/server/container_start_guest.go, after patches/containerd), and the
+// images that it is for.
+func (c *checker) enoughTime() (enough time.Duration, largest string) {
+	images := slices.SortedStableFunc(slices.Values(c.Daemon.Images), func(a, b Image) int { return cmp.Compare(b.Bytes, a.Bytes) })
+	if len(images) == 0 {
+		return 10 * time.Minute, ""
+	}
+	var list []string
+	for _, i := range images {
+		list = append(list, fmt.Sprintf("%s (%d MB)", i.Name, (i.Bytes+1e6-1)/1e6))
+	}
+	return 10 * time.Minute * time.Duration(1+images[0].Bytes/2e9), "; the largest images of the node are " + strings.Join(list[:min(3, len(list))], ", ")
 }
 
 func (s shim) describe() string {

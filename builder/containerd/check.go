@@ -40,6 +40,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/guest-pull/guest-pull-snapshotter/builder/check"
+	"github.com/guest-pull/guest-pull-snapshotter/builder/status"
 	guestpull "github.com/guest-pull/guest-pull-snapshotter/plugin"
 )
 
@@ -263,6 +264,17 @@ func askDaemon(ctx context.Context, address string) (check.Daemon, check.Host) {
 	if err != nil {
 		d.Err = err
 		return d, h
+	}
+	// Without the snapshotter there are none, which is a finding of its own.
+	if s, err := status.Collect(ctx, client); err == nil {
+		seen := map[string]bool{}
+		for _, i := range s.Images {
+			if seen[i.Digest] || strings.HasPrefix(i.Name, "sha256:") { // another name
+				continue
+			}
+			seen[i.Digest] = true
+			d.Images = append(d.Images, check.Image{Name: i.Name, Bytes: i.Bytes})
+		}
 	}
 	d.Pid = server.GetPid()
 	proc := fmt.Sprintf("/proc/%d", d.Pid)

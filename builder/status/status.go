@@ -75,10 +75,11 @@ type Image struct {
 	// GuestOnly says that only a guest can run it: no other snapshotter has
 	// it, and at least one of its layers is nowhere on the host.
 	GuestOnly bool `json:"guest_only"`
-	// Layers is the number of its layers. LayersOffHost of them, of
-	// BytesOffHost bytes, are neither in the content store nor in another
-	// snapshotter.
+	// Layers is the number of its layers, and Bytes what a guest fetches of
+	// them. LayersOffHost of them, of BytesOffHost bytes, are neither in the
+	// content store nor in another snapshotter.
 	Layers        int   `json:"layers"`
+	Bytes         int64 `json:"bytes"`
 	LayersOffHost int   `json:"layers_off_host"`
 	BytesOffHost  int64 `json:"bytes_off_host"`
 	// Snapshotters are the others that have it.
@@ -246,6 +247,7 @@ func (n *node) image(ctx context.Context, i images.Image, mine map[string]snapsh
 	}
 	for k, id := range chain {
 		layer := manifest.Layers[k]
+		img.Bytes += layer.Size
 		unpacked := slices.ContainsFunc(others, func(o string) bool { return n.unpacked[o][id.String()] })
 		if unpacked || n.content[layer.Digest] {
 			continue
