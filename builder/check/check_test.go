@@ -402,7 +402,7 @@ func TestFindings(t *testing.T) {
 
 		"mirror": {func(n *node) {
 			n.write("/etc/containerd/certs.d/docker.io/hosts.toml", "server = \"https://registry-1.docker.io\"\n[host.\"https://mirror.example\"]\ncapabilities = [\"pull\"]\n")
-		}, []wanted{{Warning, "mirrors", []string{"docker.io", "https://mirror.example", "registry_configuration_uri"}}}},
+		}, []wanted{{Warning, "mirrors", []string{"docker.io", "https://mirror.example", "guest-pull guest-config"}}}},
 		"mirror of everything": {func(n *node) {
 			n.write("/etc/containerd/certs.d/_default/hosts.toml", "[host.\"https://mirror.example\"]\n")
 		},
@@ -459,9 +459,12 @@ func TestFindings(t *testing.T) {
 		"mirror of the old kind": {func(n *node) {
 			n.set("IMAGES", "registry = { mirrors = { \"docker.io\" = { endpoint = [\"https://m.example\"] } } }")
 		}, []wanted{{Warning, "mirrors", []string{"docker.io", "https://m.example"}}}},
+		"mirror with a password": {func(n *node) {
+			n.set("IMAGES", "registry = { mirrors = { \"docker.io\" = { endpoint = [\"https://user:secret@m.example\"] } } }")
+		}, []wanted{{Warning, "mirrors", []string{"mirror https://m.example"}}}},
 		"registry with a certificate of its own": {func(n *node) {
 			n.write("/etc/containerd/certs.d/reg.example_5000_/hosts.toml", "server = \"https://reg.example:5000\"\n[host.\"https://reg.example:5000\"]\nca = \"ca.pem\"\n")
-		}, []wanted{{Warning, "registry-trust", []string{"reg.example:5000", "extra_root_certificates"}}}},
+		}, []wanted{{Warning, "registry-trust", []string{"reg.example:5000", "guest-pull guest-config"}}}},
 		"registry that is itself": {func(n *node) {
 			n.write("/etc/containerd/certs.d/docker.io/hosts.toml", "server = \"https://registry-1.docker.io\"\n")
 			n.write("/etc/containerd/certs.d/quay.io/hosts.toml", "server = \"https://quay.io\"\n[host.\"https://quay.io\"]\n")
@@ -469,7 +472,7 @@ func TestFindings(t *testing.T) {
 		"broken hosts.toml": {func(n *node) { n.write("/etc/containerd/certs.d/quay.io/hosts.toml", "[host") },
 			[]wanted{{Warning, "mirrors", []string{"cannot be read"}}}},
 		"proxy": {func(n *node) { n.in.Host.Env = map[string]string{"HTTPS_PROXY": "http://user:secret@proxy"} },
-			[]wanted{{Warning, "proxy", []string{"HTTPS_PROXY", "agent.https_proxy"}}}},
+			[]wanted{{Warning, "proxy", []string{"HTTPS_PROXY", "guest-pull guest-config"}}}},
 
 		"old unit": {func(n *node) { n.write("/etc/systemd/system/guest-pull-snapshotter.service", "") },
 			[]wanted{{Warning, "old-unit", []string{"systemctl disable --now guest-pull-snapshotter.service"}}}},

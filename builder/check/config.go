@@ -18,6 +18,7 @@ package check
 
 import (
 	"fmt"
+	"path/filepath"
 
 	"github.com/pelletier/go-toml/v2"
 )
@@ -94,8 +95,19 @@ type RegistryConfig struct {
 	Mirrors    map[string]struct {
 		Endpoints []string `toml:"endpoint"`
 	} `toml:"mirrors"`
-	Configs map[string]any `toml:"configs"`
-	Auths   map[string]any `toml:"auths"`
+	Configs map[string]any      `toml:"configs"`
+	Auths   map[string]any      `toml:"auths"`
+	Headers map[string][]string `toml:"headers"`
+}
+
+// Paths are the directories in which containerd looks for a registry's
+// configuration; none when it has mirrors of the older kind (plugins/cri/images).
+func (r RegistryConfig) Paths() []string {
+	paths := r.ConfigPath
+	if paths == "" && len(r.Mirrors) == 0 {
+		paths = "/etc/containerd/certs.d:/etc/docker/certs.d"
+	}
+	return filepath.SplitList(paths)
 }
 
 // Runtime is a runtime handler.

@@ -348,16 +348,12 @@ func (c *checker) checkImages() {
 	}
 }
 
-// Where a guest of Confidential Containers is told about registries: the
-// [image] section of the Confidential Data Hub's configuration, cdh.toml.
-const guestImage = "cdh.toml in the guest (from initdata, or in its image), section [image]: "
+// tellGuest is how a guest is told about registries.
+const tellGuest = "tell the guest: containerd guest-pull guest-config prints what it has to know, for its image (--format cdh) or for pods (--format annotation)"
 
 func (c *checker) checkRegistries() {
-	paths := c.Config.Plugins.Images.Registry.ConfigPath
-	if paths == "" && len(c.Config.Plugins.Images.Registry.Mirrors) == 0 {
-		paths = "/etc/containerd/certs.d:/etc/docker/certs.d" // as CRI does
-	}
-	dirs := filepath.SplitList(paths)
+	dirs := c.Config.Plugins.Images.Registry.Paths()
+	paths := strings.Join(dirs, ":")
 	// The transfer service of stock containerd takes the list for one directory.
 	ignored := len(dirs) > 1 && !c.Config.localPull() && !c.hasPatch("transfer-honor-all-directories")
 	for i, dir := range dirs {
@@ -389,14 +385,21 @@ func (c *checker) checkRegistries() {
 	if len(proxies) > 0 {
 		c.add(Warning, "proxy", "containerd reaches registries through a proxy ("+strings.Join(proxies, ", ")+" in its environment)",
 			"a guest does not know it and asks the registries directly",
-			"add agent.https_proxy=... and agent.no_proxy=... to kernel_params in Kata's configuration")
+			tellGuest)
 	}
 }
 
 func (c *checker) mirror(registry, where string, endpoints []string) {
+	// A URL can have a password in it.
+	for i, e := range endpoints {
+		if u, err := url.Parse(e); err == nil && u.User != nil {
+			u.User = nil
+			endpoints[i] = u.String()
+		}
+	}
 	c.add(Warning, "mirrors", fmt.Sprintf("%s: images of %s are pulled from the mirror %s", where, registry, strings.Join(endpoints, ", ")),
 		"a guest does not know the mirror: it asks "+registry+" itself, which may be unreachable, limit its pulls, or have another image under the tag",
-		"tell the guest: "+guestImage+"registry_configuration_uri names a registries.conf with the same mirror")
+		tellGuest)
 }
 
 // checkHosts looks at a hosts.toml (core/remotes/docker/config/hosts.go).
@@ -448,7 +451,7 @@ func (c *checker) checkHosts(file string) {
 	if special {
 		c.add(Warning, "registry-trust", fmt.Sprintf("%s: %s is reached with certificates or headers of its own, or unverified", file, registry),
 			"a guest does not have them and refuses the registry, or is refused",
-			"tell the guest: "+guestImage+"extra_root_certificates for a private certificate authority, authenticated_registry_credentials_uri for credentials")
+			tellGuest+"; it says what a guest cannot be told, too")
 	}
 }
 

@@ -120,6 +120,10 @@ type authority struct {
 	leaf tls.Certificate
 }
 
+// ProxiedName is a name that certificates are good for as well. It resolves to
+// nothing: only a proxy finds the registry by it.
+const ProxiedName = "registry.proxied.example"
+
 func newAuthority(ip net.IP) (*authority, error) {
 	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -150,7 +154,7 @@ func newAuthority(ip net.IP) (*authority, error) {
 		NotAfter:     ca.NotAfter,
 		KeyUsage:     x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-		DNSNames:     []string{"localhost"},
+		DNSNames:     []string{"localhost", ProxiedName},
 		IPAddresses:  []net.IP{ip},
 	}
 	leafDER, err := x509.CreateCertificate(rand.Reader, leaf, ca, key.Public(), caKey)

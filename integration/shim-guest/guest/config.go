@@ -70,6 +70,11 @@ type Config struct {
 	// it stands in an image's name ("index.docker.io" for Docker's).
 	Registries map[string]Registry `json:"registries,omitempty"`
 
+	// CDHConfig names a file as the Confidential Data Hub of a real guest has one,
+	// cdh.toml, whose section [image] takes the place of CAFile and Registries.
+	// Init data of the pod wins over it.
+	CDHConfig string `json:"cdh_config,omitempty"`
+
 	// IgnoreChainID makes the guest log, and not refuse, an image whose chain
 	// ID is not the one that the host resolved.
 	IgnoreChainID bool `json:"ignore_chain_id,omitempty"`

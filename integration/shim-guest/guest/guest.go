@@ -21,6 +21,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
@@ -36,6 +37,8 @@ type Guest struct {
 	dir   string
 	pause Pause
 	store *store
+	// initData is what the pod's init data configures; nil without.
+	initData atomic.Pointer[cdh]
 }
 
 // Pause is the program that a sandbox runs.
@@ -101,6 +104,14 @@ func (g *Guest) Prepare(ctx context.Context, cfg Config, req Request) (_ *Contai
 	if err != nil {
 		return nil, err
 	}
+	// A guest is started with it, so that only its first container has it.
+	if v := annotations[AnnotationInitData]; v != "" && (annotations[annotationSandboxID] == "" || annotations[annotationContainerType] == containerTypeSandbox) {
+		conf, err := parseInitData(v)
+		if err != nil {
+			return nil, err
+		}
+		g.initData.Store(conf)
+	}
 
 	ns, err := os.Readlink("/proc/self/ns/mnt")
 	if err != nil {
@@ -153,7 +164,14 @@ func (g *Guest) Prepare(ctx context.Context, cfg Config, req Request) (_ *Contai
 // imageRootfs pulls an image and puts a writable layer of the container's own on
 // top.
 func (g *Guest) imageRootfs(ctx context.Context, cfg Config, image, dir string, r *Record) (mount.Mount, error) {
-	img, err := g.store.pull(ctx, cfg, image)
+	conf := g.initData.Load()
+	if conf == nil && cfg.CDHConfig != "" {
+		var err error
+		if conf, err = loadCDH(cfg.CDHConfig); err != nil {
+			return mount.Mount{}, err
+		}
+	}
+	img, err := g.store.pull(ctx, cfg, conf, image)
 	if err != nil {
 		return mount.Mount{}, err
 	}

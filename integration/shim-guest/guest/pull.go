@@ -88,12 +88,12 @@ func newStore(dir string) (*store, error) {
 // pull returns the image of that name for the guest's platform. It asks the
 // registry each time for what the name stands for, and fetches the layers of an
 // image once. The caller's context and Config.PullTimeout bound it.
-func (s *store) pull(ctx context.Context, cfg Config, imageName string) (Image, error) {
+func (s *store) pull(ctx context.Context, cfg Config, conf *cdh, imageName string) (Image, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, time.Duration(cfg.PullTimeout),
 		fmt.Errorf("not done within pull_timeout, %v: %w", time.Duration(cfg.PullTimeout), context.DeadlineExceeded))
 	defer cancel()
 
-	img, err := s.pullImage(ctx, cfg, imageName)
+	img, err := s.pullImage(ctx, cfg, conf, imageName)
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
 			err = fmt.Errorf("%w (%w)", err, cause)
@@ -103,12 +103,28 @@ func (s *store) pull(ctx context.Context, cfg Config, imageName string) (Image, 
 	return img, nil
 }
 
-func (s *store) pullImage(ctx context.Context, cfg Config, imageName string) (Image, error) {
+func (s *store) pullImage(ctx context.Context, cfg Config, conf *cdh, imageName string) (Image, error) {
 	select {
 	case s.turn <- struct{}{}:
 		defer func() { <-s.turn }()
 	case <-ctx.Done():
 		return Image{}, ctx.Err()
+	}
+	if conf != nil {
+		tasks, err := conf.tasks(imageName)
+		if err != nil {
+			return Image{}, err
+		}
+		return tryAll(tasks, imageName, func(t pullTask) (Image, error) {
+			ref, err := name.ParseReference(t.reference)
+			if err != nil {
+				return Image{}, fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
+			}
+			base := http.DefaultTransport.(*http.Transport).Clone()
+			base.TLSClientConfig = &tls.Config{}
+			defer base.CloseIdleConnections()
+			return s.pullFrom(ctx, imageName, ref, conf.transport(t, base), authn.Anonymous)
+		})
 	}
 
 	ref, err := name.ParseReference(imageName)
@@ -131,6 +147,11 @@ func (s *store) pullImage(ctx context.Context, cfg Config, imageName string) (Im
 	if registry.Username != "" {
 		auth = &authn.Basic{Username: registry.Username, Password: registry.Password}
 	}
+	return s.pullFrom(ctx, imageName, ref, transport, auth)
+}
+
+// pullFrom pulls the image of a name from one place.
+func (s *store) pullFrom(ctx context.Context, imageName string, ref name.Reference, transport http.RoundTripper, auth authn.Authenticator) (Image, error) {
 	remoteImage, err := remote.Image(ref,
 		remote.WithContext(ctx),
 		remote.WithTransport(transport),
