@@ -286,7 +286,7 @@ fuzz: ## run each fuzz target for FUZZTIME (1m)
 	cd integration && $(GO) run ./fuzz -time $(FUZZTIME)
 .PHONY: fuzz
 
-upstream: deps build test-tools ## run containerd's own integration suites against bin/ and against stock containerd, and compare (half an hour)
+upstream: deps build test-tools ## run containerd's own integration suites and critest against bin/ and against stock containerd, and compare (half an hour)
 	@dpkg-query -W containernetworking-plugins >/dev/null 2>&1 || DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends containernetworking-plugins >/dev/null
 	cd integration && GUEST_PULL_CONTAINERD=$(abspath $(BIN)) $(GO) run ./upstream
 .PHONY: upstream

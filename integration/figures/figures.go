@@ -41,16 +41,19 @@ type Figure string
 // The figures, in the order in which they are printed.
 const (
 	Kills       Figure = "rounds of kill survived"
+	Cuts        Figure = "power cuts survived"
 	Faults      Figure = "faults injected"
 	BadInputs   Figure = "bad inputs tried"
 	Upstream    Figure = "upstream cases passed"
+	Critest     Figure = "critest cases passed"
+	Kubelets    Figure = "kubelet versions and gates"
 	Shapes      Figure = "image shapes tried"
 	GuestPulls  Figure = "images pulled by guests"
 	LayerBytes  Figure = "layer bytes fetched by the host"
 	SecretsSeen Figure = "secrets found in logs, labels, annotations and mounts"
 )
 
-var order = []Figure{Kills, Faults, BadInputs, Upstream, Shapes, GuestPulls, LayerBytes, SecretsSeen}
+var order = []Figure{Kills, Cuts, Faults, BadInputs, Upstream, Critest, Kubelets, Shapes, GuestPulls, LayerBytes, SecretsSeen}
 
 // Add adds n to a figure. It is safe for concurrent use, by several processes
 // too. An n of 0 says that there was something to count.

@@ -29,6 +29,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"math/big"
 	"net"
 	"net/http"
@@ -51,17 +52,18 @@ import (
 
 // hosts are the registries of the suites' images. In the sandbox they are the
 // machine itself.
-var hosts = []string{"ghcr.io", "registry.k8s.io"}
+var hosts = []string{"ghcr.io", "registry.k8s.io", "k8s.gcr.io", "gcr.io"}
 
 // serveImages serves the images that the suites use under their own names, over
 // TLS. It returns the registry behind it and the certificate, in PEM, that
 // clients have to trust.
-func serveImages() (*registry.Registry, []byte, error) {
+// The program is one that says as whom it runs.
+func serveImages(noNewPrivs string) (*registry.Registry, []byte, error) {
 	reg, err := registry.Start()
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := pushImages(reg); err != nil {
+	if err := pushImages(reg, noNewPrivs); err != nil {
 		return nil, nil, err
 	}
 	certificate, trusted, err := selfSigned()
@@ -113,7 +115,7 @@ func selfSigned() (tls.Certificate, []byte, error) {
 }
 
 // pushImages makes images that do what the suites need of the real ones.
-func pushImages(reg *registry.Registry) error {
+func pushImages(reg *registry.Registry, noNewPrivs string) error {
 	applets, err := busyboxApplets()
 	if err != nil {
 		return err
@@ -165,7 +167,16 @@ func pushImages(reg *registry.Registry) error {
 	if pause, err = withFiles(pause, []entry{{name: "pause", mode: 0o755, data: "not run"}}, nil); err != nil {
 		return err
 	}
-	for name, img := range map[string]v1.Image{
+	// One case counts the names of this one.
+	otherPause, err := withFiles(pause, []entry{{name: "version", mode: 0o644, data: "3.9"}}, nil)
+	if err != nil {
+		return err
+	}
+	all, err := critestImages(shell, noNewPrivs)
+	if err != nil {
+		return err
+	}
+	maps.Copy(all, map[string]v1.Image{
 		"containerd/alpine:3.14.0":               alpine,
 		"containerd/busybox:1.36":                shell,
 		"containerd/nginx:1.27.0":                shell,
@@ -176,7 +187,9 @@ func pushImages(reg *registry.Registry) error {
 		"pause:3.10.2":                           pause,
 		"e2e-test-images/busybox:1.29-2":         shell,
 		"e2e-test-images/resource-consumer:1.10": shell,
-	} {
+		"pause:3.9":                              otherPause,
+	})
+	for name, img := range all {
 		index, err := multiPlatform(name, img)
 		if err != nil {
 			return err
@@ -198,6 +211,13 @@ func busyboxApplets() ([]entry, error) {
 		if a != "busybox" && a != "nc" {
 			files = append(files, entry{name: "bin/" + a, link: "busybox"})
 		}
+	}
+	// Debian's has not these.
+	for name, script := range map[string]string{
+		"pgrep": `for p in /proc/[0-9]*; do if [ "$(cat $p/comm 2>/dev/null)" = "$1" ]; then echo ${p#/proc/}; found=1; fi; done; [ "$found" ]`,
+		"ipcs":  `exec cat /proc/sysvipc/shm`,
+	} {
+		files = append(files, entry{name: "bin/" + name, mode: 0o755, data: "#!/bin/sh\n" + script + "\n"})
 	}
 	// Debian's nc does not handle SIGTERM, so that it would not end as process 1.
 	return append(files, entry{name: "bin/nc", mode: 0o755, data: "#!/bin/sh\ntrap 'exit 143' TERM\nbusybox nc \"$@\" &\nwait $!\n"}), nil

@@ -42,7 +42,7 @@ func inside() error {
 			s = x
 		}
 	}
-	reg, trusted, err := serveImages()
+	reg, trusted, err := serveImages(filepath.Join(out, "tools", "nonewprivs"))
 	if err != nil {
 		return err
 	}
@@ -102,10 +102,13 @@ func inside() error {
 	}
 	defer log.Close()
 	args := []string{"-test.v", "-test.timeout=30m", "-test.run=" + expr}
+	if s.critest {
+		args = critestArgs(expr)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	const socket = "/run/containerd-test/containerd.sock"
-	if s.binary == "cri-integration.test" {
+	if s.binary == "cri-integration.test" || s.critest {
 		go keepalive(ctx, filepath.Join(bin, "containerd"), []string{
 			"--log-level=debug", "--config=/tmp/config.toml", "--address=" + socket,
 			"--state=/run/containerd-test", "--root=/var/lib/containerd-test",
@@ -113,8 +116,12 @@ func inside() error {
 		if err := await(filepath.Join(bin, "ctr"), socket); err != nil {
 			return err
 		}
-		args = append(args, "-cri-endpoint=unix://"+socket, "-image-list=/tmp/images.toml",
-			"-runtime-handler="+s.runtimeHandler, "-containerd-bin=containerd", "-build-dir="+bin)
+		args = append(args, "-runtime-handler="+s.runtimeHandler)
+		if s.critest {
+			args = append(args, "-runtime-endpoint=unix://"+socket, "-image-endpoint=unix://"+socket, "-nri-socket="+nriSocket)
+		} else {
+			args = append(args, "-cri-endpoint=unix://"+socket, "-image-list=/tmp/images.toml", "-containerd-bin=containerd", "-build-dir="+bin)
+		}
 	} else {
 		// This suite starts its containerd itself.
 		args = append(args, "-no-criu", "-test.root")
@@ -124,6 +131,11 @@ func inside() error {
 	test.Env = env
 	test.Stdout, test.Stderr = os.Stdout, os.Stdout
 	err = test.Run()
+	if s.critest {
+		if err := printReport(critestReport, os.Stdout); err != nil {
+			return err
+		}
+	}
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
 		return errors.New("cases failed")
@@ -148,6 +160,8 @@ func hasGuestPull(bin string) bool {
 	return exec.Command(filepath.Join(bin, "containerd"), "guest-pull", "version").Run() == nil
 }
 
+const nriSocket = "/run/nri-test.sock"
+
 // config is what containerd's own CI configures its CRI suite with
 // (script/test/utils.sh), and a handler for the stand-in guest.
 func config(shim string, guestPull bool) string {
@@ -171,7 +185,7 @@ func config(shim string, guestPull bool) string {
   slow_chown = true
 [plugins.'io.containerd.nri.v1.nri']
   disable = false
-  socket_path = "/run/nri-test.sock"
+  socket_path = "` + nriSocket + `"
   plugin_path = "/no/pre-launched/nri/plugins"
 `
 	if guestPull {

@@ -14,13 +14,13 @@
    limitations under the License.
 */
 
-// Command upstream runs containerd's own integration suites against this
-// project's containerd, and against a stock containerd of the same version that
+// Command upstream runs containerd's own integration suites, and critest, which is
+// Kubernetes' for container runtimes, against this project's containerd, and against a stock containerd of the same version that
 // it builds the same way, and compares.
 //
 //	go run ./upstream [-suite NAME,...] [-run REGEXP]
 //
-// The suites come from the containerd module that go.mod pins. Each run is in a
+// Containerd's suites come from the module that go.mod pins. Each run is in a
 // sandbox of namespaces, with a registry in it that has images by the names that
 // the suites use: no network is needed, and the machine is left as it was.
 //
@@ -31,6 +31,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -55,6 +56,8 @@ type suite struct {
 	// runtimeHandler is CRI's; snapshotter and runtime are the client's.
 	runtimeHandler string
 	snapshotter    string
+	// critest says that the suite is Kubernetes' own for CRI.
+	critest bool
 	// compare says that the suite runs on stock containerd too.
 	compare bool
 	what    string
@@ -65,6 +68,8 @@ var suites = []suite{
 	{name: "client", binary: "client-integration.test", compare: true, what: "client suite, overlayfs"},
 	{name: "client-guest-pull", binary: "client-integration.test", snapshotter: "guest-pull", what: "client suite, guest-pull"},
 	{name: "cri-guest", binary: "cri-integration.test", runtimeHandler: "guest", what: "CRI suite, stand-in guest on guest-pull"},
+	{name: "critest", binary: "critest.test", critest: true, compare: true, what: "critest, runc on overlayfs"},
+	{name: "critest-guest", binary: "critest.test", critest: true, runtimeHandler: "guest", what: "critest, stand-in guest on guest-pull"},
 }
 
 // tree is where things are.
@@ -96,7 +101,7 @@ func main() {
 
 func run(ctx context.Context) error {
 	var (
-		only = flag.String("suite", "cri,client,client-guest-pull,cri-guest", "the suites to run, separated by commas")
+		only = flag.String("suite", "cri,client,client-guest-pull,cri-guest,critest,critest-guest", "the suites to run, separated by commas")
 		expr = flag.String("run", "", "run only the cases that match, as go test's -run")
 	)
 	last := flag.Bool("last", false, "run nothing, but judge the results of the last run")
@@ -119,7 +124,7 @@ func run(ctx context.Context) error {
 		}
 	}
 	var problems, summary []string
-	passes := 0
+	passes, critest := 0, 0
 	for _, s := range suites {
 		if !slices.Contains(strings.Split(*only, ","), s.name) {
 			continue
@@ -149,8 +154,11 @@ func run(ctx context.Context) error {
 		}
 		summary = append(summary, line)
 		passes += ours.count(passed)
+		if s.critest {
+			critest += ours.count(passed)
+		}
 	}
-	if err := figures.Add(figures.Upstream, int64(passes)); err != nil {
+	if err := errors.Join(figures.Add(figures.Upstream, int64(passes-critest)), figures.Add(figures.Critest, int64(critest))); err != nil {
 		return err
 	}
 	fmt.Println(strings.Join(summary, "\n"))
@@ -220,7 +228,12 @@ func findTree() (tree, error) {
 	return t, nil
 }
 
-const containerdModule = "github.com/containerd/containerd/v2"
+const (
+	containerdModule = "github.com/containerd/containerd/v2"
+	// criTools is where critest is. Its version is that of the kubelet in
+	// ../kubernetes.
+	criTools = "sigs.k8s.io/cri-tools@v1.37.0"
+)
 
 // build builds the suites, their tools and a stock containerd, all from a copy
 // of the containerd module. What is built already is built again in no time.
@@ -258,6 +271,29 @@ func (t tree) build() error {
 		cmd := exec.Command("go", args...)
 		cmd.Dir = source
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-mod=mod", "GOWORK=off")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
+		}
+	}
+	return t.buildCritest()
+}
+
+func (t tree) buildCritest() error {
+	out, err := exec.Command("go", "mod", "download", "-json", criTools).Output()
+	if err != nil {
+		return fmt.Errorf("go mod download %s: %w: %s", criTools, err, out)
+	}
+	var module struct{ Dir string }
+	if err := json.Unmarshal(out, &module); err != nil {
+		return err
+	}
+	for dir, args := range map[string][]string{
+		module.Dir:                           {"test", "-c", "-trimpath", "-o", filepath.Join(t.out, "critest.test"), "./cmd/critest"},
+		filepath.Join(t.repo, "integration"): {"build", "-trimpath", "-buildvcs=false", "-o", filepath.Join(t.out, "tools", "nonewprivs"), "./upstream/nonewprivs"},
+	} {
+		cmd := exec.Command("go", args...)
+		cmd.Dir = dir
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
 		}

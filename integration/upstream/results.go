@@ -61,6 +61,11 @@ func readResults(r io.Reader) (results, error) {
 			found[m[2]] = map[string]result{"PASS": passed, "FAIL": failed, "SKIP": skipped}[m[1]]
 		}
 		if err == io.EOF {
+			// The Go test that critest is fails with each of its cases, and alone
+			// only if the suite as a whole went wrong.
+			if found[critestTest] == passed || found.count(failed) > 1 {
+				delete(found, critestTest)
+			}
 			return found, nil
 		}
 		if err != nil {

@@ -202,6 +202,10 @@ func first(hosts []string) error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("keep the sandbox's mounts to itself: %w", err)
 	}
+	// Among themselves they are shared, as systemd has it.
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""); err != nil {
+		return fmt.Errorf("make the sandbox's mounts shared: %w", err)
+	}
 	if err := enterCgroups(os.Getenv("GUEST_PULL_UPSTREAM_CGROUP")); err != nil {
 		return err
 	}
