@@ -121,6 +121,12 @@ func (n *node) program(path, text string) {
 	require.NoError(n.t, os.Chmod(n.in.Host.join(path), 0o755))
 }
 
+func (n *node) link(path, another string) {
+	n.t.Helper()
+	require.NoError(n.t, os.MkdirAll(filepath.Dir(n.in.Host.join(another)), 0o755))
+	require.NoError(n.t, os.Symlink(n.in.Host.join(path), n.in.Host.join(another)))
+}
+
 func (n *node) remove(path string) {
 	n.t.Helper()
 	require.NoError(n.t, os.RemoveAll(n.in.Host.join(path)))
@@ -337,6 +343,115 @@ func TestFindings(t *testing.T) {
 		"Rust shim with a shared file system": {func(n *node) { n.rust("4.1.0", strings.Replace(rustFine, `"none"`, `"virtio-fs"`, 1)) },
 			[]wanted{{Error, "shared-fs", []string{`"virtio-fs" in ` + rustFile, `shared_fs = "none"`}}}},
 		"Go shim with a shared file system": {func(n *node) { n.write(kataFile, strings.Replace(kataFine, `"none"`, `"virtio-fs"`, 1)) }, nil},
+		// An empty value is no absent one: SharedFsInfo::adjust_config in Kata's
+		// src/libs/kata-types/src/config/hypervisor/mod.rs.
+		"Rust shim, shared_fs empty": {func(n *node) { n.rust("4.1.0", strings.Replace(rustFine, `"none"`, `""`, 1)) },
+			[]wanted{{Error, "shared-fs", []string{`shared_fs = "", which the Rust shim takes for "virtio-fs", in ` + rustFile, `shared_fs = "none" in [hypervisor.qemu]`}}}},
+		"Rust shim, shared_fs absent": {func(n *node) { n.rust("4.1.0", strings.Replace(rustFine, `shared_fs = "none"`, "", 1)) }, nil},
+		// Kata's src/runtime-rs/crates/hypervisor/src/qemu/inner.rs, capabilities.
+		"Rust shim, confidential guest with a shared file system": {func(n *node) {
+			n.rust("4.1.0", strings.Replace(rustFine, `"none"`, "\"virtio-fs\"\nconfidential_guest = true", 1))
+		}, nil},
+		"Rust shim, confidential guest, shared_fs empty": {func(n *node) {
+			n.rust("4.1.0", strings.Replace(rustFine, `"none"`, "\"\"\nconfidential_guest = true", 1))
+		}, nil},
+		"Rust shim, no confidential guest with a shared file system": {func(n *node) {
+			n.rust("4.1.0", strings.Replace(rustFine, `"none"`, "\"virtio-fs\"\nconfidential_guest = false", 1))
+		}, []wanted{{Error, "shared-fs", []string{`"virtio-fs" in ` + rustFile}}}},
+		// src/runtime-rs/crates/hypervisor/src/ch/inner_hypervisor.rs, capabilities.
+		"Rust shim, confidential guest of Cloud Hypervisor": {func(n *node) {
+			n.rust("4.1.0", "[hypervisor.clh]\nshared_fs = \"virtio-fs\"\nconfidential_guest = true\n[runtime]\nhypervisor_name = \"clh\"\n")
+		}, nil},
+		// src/runtime-rs/crates/hypervisor/src/dragonball/inner.rs, new.
+		"Rust shim, Dragonball": {func(n *node) {
+			n.rust("4.1.0", "[hypervisor.dragonball]\nshared_fs = \"inline-virtio-fs\"\nconfidential_guest = true\n[runtime]\nhypervisor_name = \"dragonball\"\n")
+		}, []wanted{{Error, "shared-fs", []string{`"inline-virtio-fs"`, "[hypervisor.dragonball]"}}}},
+		// src/runtime-rs/crates/hypervisor/src/remote/inner.rs, capabilities.
+		"Rust shim, remote hypervisor": {func(n *node) {
+			n.rust("4.1.0", "[hypervisor.remote]\nshared_fs = \"virtio-fs\"\n[runtime]\nhypervisor_name = \"remote\"\n")
+		}, nil},
+		// src/runtime-rs/crates/hypervisor/src/firecracker/inner.rs, new.
+		"Rust shim, Firecracker": {func(n *node) {
+			n.rust("4.1.0", "[hypervisor.firecracker]\nshared_fs = \"virtio-fs\"\n[runtime]\nhypervisor_name = \"firecracker\"\n")
+		}, nil},
+		"shared_fs in a drop-in": {func(n *node) {
+			n.rust("4.1.0", rustFine)
+			n.write("/etc/kata-containers/runtime-rs/config.d/50.toml", "[hypervisor.qemu]\nshared_fs = \"\"\n")
+		}, []wanted{{Error, "shared-fs", []string{`shared_fs = ""`}}}},
+
+		// The Go shim's key: src/runtime/pkg/katautils/config.go, runtime. What the
+		// Rust shim asks: src/runtime-rs/crates/resource/src/manager_inner.rs,
+		// handler_rootfs, is_experiment_enabled("force_guest_pull").
+		"Rust shim, force guest pull by the Go shim's key": {func(n *node) {
+			n.rust("4.1.0", rustFine+"experimental_force_guest_pull = true\n")
+		}, []wanted{{Warning, "force-guest-pull", []string{"does not know it", `experimental = ["force_guest_pull"] in [runtime]`}}}},
+		"Rust shim, force guest pull by its own key": {func(n *node) {
+			n.rust("4.1.0", rustFine+"experimental = [\"force_guest_pull\"]\n")
+		}, nil},
+		"Go shim, force guest pull": {func(n *node) { n.write(kataFile, kataFine+"experimental_force_guest_pull = true\n") }, nil},
+
+		// The Go shim has no sandbox API: src/runtime/cmd/containerd-shim-kata-v2/main.go.
+		"sandboxer shim, Go shim": {func(n *node) { n.set("KATA", "sandboxer = \"shim\"") },
+			[]wanted{{Error, "sandboxer", []string{"is the Go one", "remove sandboxer"}}}},
+		"sandboxer shim": {func(n *node) {
+			n.rust("4.1.0", rustFine)
+			n.set("KATA", "sandboxer = \"shim\"\n    disable_pause_image_pull = true")
+		}, nil},
+		"sandboxer shim, pause image": {func(n *node) {
+			n.rust("4.1.0", rustFine)
+			n.set("KATA", "sandboxer = \"shim\"")
+		}, []wanted{{Info, "pause-image", []string{"disable_pause_image_pull = true"}}}},
+		// src/runtime-rs/crates/runtimes/src/manager.rs, sandbox_init_runtime_instance:
+		// try_init without options.
+		"sandboxer shim, ConfigPath": {func(n *node) {
+			n.rust("4.1.0", rustFine)
+			n.write("/opt/kata/x.toml", strings.Replace(rustFine, `"none"`, `"virtio-fs"`, 1))
+			n.set("KATA", "sandboxer = \"shim\"\n    disable_pause_image_pull = true\n    options = { ConfigPath = \"/opt/kata/x.toml\" }")
+		}, []wanted{{Error, "sandboxer", []string{`does not read ConfigPath = "/opt/kata/x.toml"`, "reads is " + rustFile}}}},
+		"sandboxer shim, ConfigPath and no default": {func(n *node) {
+			n.rust("4.1.0", rustFine)
+			n.remove(rustFile)
+			n.write("/opt/kata/x.toml", rustFine)
+			n.set("KATA", "sandboxer = \"shim\"\n    disable_pause_image_pull = true\n    options = { ConfigPath = \"/opt/kata/x.toml\" }")
+		}, []wanted{{Error, "sandboxer", []string{"none that was found", rustFile}}, {Info, "kata-config", nil}}},
+		"sandboxer shim, ConfigPath that is the default": {func(n *node) {
+			n.rust("4.1.0", rustFine)
+			n.set("KATA", "sandboxer = \"shim\"\n    disable_pause_image_pull = true\n    options = { ConfigPath = \""+rustFile+"\" }")
+		}, nil},
+		"sandboxer podsandbox, ConfigPath": {func(n *node) {
+			n.rust("4.1.0", strings.Replace(rustFine, `"none"`, `"virtio-fs"`, 1))
+			n.write("/opt/kata/x.toml", rustFine)
+			n.set("KATA", "sandboxer = \"podsandbox\"\n    options = { ConfigPath = \"/opt/kata/x.toml\" }")
+		}, nil},
+		// containerd's plugins/sandbox/controller.go, Create: Runtime.Name is the type.
+		"sandboxer shim, runtime_path": {func(n *node) {
+			n.program("/opt/kata/bin/containerd-shim-kata-v2", "")
+			n.remove(shimFile)
+			n.shims["/opt/kata/bin/containerd-shim-kata-v2"] = fmt.Sprintf(rustShim, "4.1.0")
+			n.write(rustFile, rustFine)
+			n.set("KATA", "sandboxer = \"shim\"\n    disable_pause_image_pull = true\n    runtime_path = \"/opt/kata/bin/containerd-shim-kata-v2\"")
+		}, []wanted{{Error, "sandboxer", []string{"containerd-shim-kata-qemu-coco-dev-v2", "does not use runtime_path",
+			"ln -s /opt/kata/bin/containerd-shim-kata-v2 /usr/local/bin/containerd-shim-kata-qemu-coco-dev-v2"}}}},
+		"sandboxer shim, runtime_path of another shim": {func(n *node) {
+			n.program("/opt/kata/bin/containerd-shim-kata-v2", "")
+			n.shims["/opt/kata/bin/containerd-shim-kata-v2"] = fmt.Sprintf(rustShim, "4.1.0")
+			n.write(rustFile, rustFine)
+			n.set("KATA", "sandboxer = \"shim\"\n    disable_pause_image_pull = true\n    runtime_path = \"/opt/kata/bin/containerd-shim-kata-v2\"")
+		}, []wanted{{Warning, "sandboxer", []string{"run " + shimFile + " and not /opt/kata/bin/containerd-shim-kata-v2"}}}},
+		"sandboxer shim, runtime_path of the same shim": {func(n *node) {
+			n.rust("4.1.0", rustFine)
+			n.set("KATA", "sandboxer = \"shim\"\n    disable_pause_image_pull = true\n    runtime_path = \""+shimFile+"\"")
+		}, nil},
+		"sandboxer shim, links to runtime_path and ConfigPath": {func(n *node) {
+			n.rust("4.1.0", rustFine)
+			n.link(shimFile, "/opt/kata/bin/containerd-shim-kata-v2")
+			n.link(rustFile, "/opt/kata/x.toml")
+			n.set("KATA", "sandboxer = \"shim\"\n    disable_pause_image_pull = true\n    runtime_path = \"/opt/kata/bin/containerd-shim-kata-v2\"\n    options = { ConfigPath = \"/opt/kata/x.toml\" }")
+			n.shims["/opt/kata/bin/containerd-shim-kata-v2"] = n.shims[shimFile]
+		}, nil},
+		"pause image not pulled": {func(n *node) { n.set("KATA", "disable_pause_image_pull = true") },
+			[]wanted{{Error, "pause-image", []string{"without sandboxer", "remove disable_pause_image_pull"}}}},
+
 		"Rust shim, shared file system of the other hypervisor": {func(n *node) {
 			n.rust("4.1.0", rustFine+"[hypervisor.clh]\nshared_fs = \"virtio-fs\"\n")
 		}, nil},

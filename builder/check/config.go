@@ -116,8 +116,20 @@ type Runtime struct {
 	Path        string         `toml:"runtime_path"`
 	Options     map[string]any `toml:"options"`
 	Snapshotter string         `toml:"snapshotter"`
+	// Sandboxer says who makes a pod's sandbox: containerd, as a container of the
+	// pause image ("podsandbox", the default), or the shim ("shim").
+	Sandboxer             string `toml:"sandboxer"`
+	DisablePauseImagePull bool   `toml:"disable_pause_image_pull"`
 	// DisableLayerFetch exists in a containerd with the patch of that name.
 	DisableLayerFetch bool `toml:"disable_layer_fetch"`
+}
+
+const sandboxerShim = "shim"
+
+// configPath is the configuration of the runtime that the handler names, or "".
+func (r Runtime) configPath() string {
+	p, _ := r.Options["ConfigPath"].(string)
+	return p
 }
 
 // ParseConfig reads an effective configuration as `containerd config dump` prints

@@ -309,6 +309,7 @@ func (c *checker) checkHandler(ctx context.Context, name string, r Runtime) {
 			fmt.Sprintf("set disable_layer_fetch = true in %s: such a pull then fails", section(runtimeURI, "containerd", "runtimes", name)))
 	}
 	facts.KataConfig = c.checkKata(name, r, s)
+	c.checkSandboxer(name, r, s, facts.KataConfig)
 }
 
 func (c *checker) checkTransfer() {

@@ -63,6 +63,13 @@ func (h Host) exec(ctx context.Context, path string, args ...string) (string, er
 
 func (h Host) join(path string) string { return filepath.Join(h.Root, path) }
 
+// same says whether two paths lead to one file.
+func (h Host) same(a, b string) bool {
+	infoA, errA := os.Stat(h.join(a))
+	infoB, errB := os.Stat(h.join(b))
+	return errA == nil && errB == nil && os.SameFile(infoA, infoB)
+}
+
 func (h Host) exists(path string) bool {
 	_, err := os.Stat(h.join(path))
 	return err == nil

@@ -50,17 +50,25 @@ var kataDefaults = map[bool][]string{
 // kataConfig is the part that matters of a Kata configuration, drop-ins
 // included. What is not set is empty.
 type kataConfig struct {
-	path     string
-	sharedFS string
+	path       string
+	hypervisor string
+	// sharedFS is nil where the key is absent, which is not the same as "".
+	sharedFS     *string
+	confidential bool
+	// forceGuestPull is the Go shim's switch.
+	forceGuestPull bool
 	// timeout is create_container_timeout in seconds, timeoutIn the table that
 	// has it.
 	timeout   int64
 	timeoutIn string
 }
 
-// kataConfigPath finds a handler's Kata configuration, or returns "".
+// kataConfigPath finds a handler's Kata configuration, or returns "". The shim
+// gets the runtime options with a container, and not with a sandbox that it makes
+// by itself (src/runtime-rs/crates/runtimes/src/manager.rs,
+// sandbox_init_runtime_instance and load_config).
 func kataConfigPath(h Host, r Runtime, s shim) string {
-	if p, ok := r.Options["ConfigPath"].(string); ok && p != "" {
+	if p := r.configPath(); p != "" && r.Sandboxer != sandboxerShim {
 		return p
 	}
 	if s.kataConfFile != "" {
@@ -97,7 +105,12 @@ func readKataConfig(h Host, path string) (kataConfig, error) {
 			name = n
 		}
 	}
-	k.sharedFS, _ = table(hypervisors, name)["shared_fs"].(string)
+	k.hypervisor = name
+	if fs, ok := table(hypervisors, name)["shared_fs"].(string); ok {
+		k.sharedFS = &fs
+	}
+	k.confidential, _ = table(hypervisors, name)["confidential_guest"].(bool)
+	k.forceGuestPull, _ = table(merged, "runtime")["experimental_force_guest_pull"].(bool)
 
 	// The Go shim's is in [runtime], the Rust shim's in [agent.kata].
 	in := map[string]map[string]any{"runtime": table(merged, "runtime")}
@@ -110,6 +123,28 @@ func readKataConfig(h Host, path string) (kataConfig, error) {
 		}
 	}
 	return k, nil
+}
+
+// sharesFS says whether a Rust shim with this configuration has a file system that
+// host and guest share, and what shared_fs says. Without the key it has none; ""
+// counts as the default, which is virtio-fs (src/libs/kata-types/src/config/hypervisor/mod.rs,
+// SharedFsInfo::adjust_config). A confidential guest of QEMU or of Cloud Hypervisor
+// gets none in any case, nor does one of a hypervisor that cannot share
+// (src/runtime-rs/crates/resource/src/manager_inner.rs, prepare_before_start_vm;
+// src/runtime-rs/crates/hypervisor/src, capabilities of each hypervisor).
+func (k kataConfig) sharesFS() (fs string, shares bool) {
+	if k.sharedFS == nil || *k.sharedFS == "none" {
+		return "", false
+	}
+	switch k.hypervisor {
+	case "remote", "firecracker":
+		return "", false
+	case "qemu", "clh":
+		if k.confidential {
+			return "", false
+		}
+	}
+	return *k.sharedFS, true
 }
 
 func table(t map[string]any, key string) map[string]any {
@@ -178,10 +213,21 @@ func (c *checker) checkKata(name string, r Runtime, s shim) (path string) {
 			"correct "+path+", or name another one: ConfigPath in "+section(runtimeURI, "containerd", "runtimes", name, "options"))
 		return path
 	}
-	if s.flavour == FlavourRust && k.sharedFS != "" && k.sharedFS != "none" {
-		c.add(Error, "shared-fs", fmt.Sprintf("handler %q: shared_fs = %q in %s", name, k.sharedFS, path),
+	if fs, shares := k.sharesFS(); s.flavour == FlavourRust && shares {
+		is := ""
+		if fs == "" {
+			is = ", which the Rust shim takes for \"virtio-fs\","
+		}
+		c.add(Error, "shared-fs", fmt.Sprintf("handler %q: shared_fs = %q%s in %s", name, fs, is, path),
 			"the Rust shim takes an image to be pulled in the guest only without a shared file system; with one, the container gets the host's empty root file system",
-			fmt.Sprintf("set shared_fs = \"none\" in [hypervisor....] of %s, or use a configuration made for guest pull", path))
+			fmt.Sprintf("set shared_fs = \"none\" in [hypervisor.%s] of %s, or use a configuration made for guest pull", k.hypervisor, path))
+	}
+	// The Go shim's: src/runtime/pkg/katautils/config.go, runtime. The Rust shim's:
+	// src/runtime-rs/crates/resource/src/manager_inner.rs, handler_rootfs.
+	if s.flavour == FlavourRust && k.forceGuestPull {
+		c.add(Warning, "force-guest-pull", fmt.Sprintf("handler %q: experimental_force_guest_pull = true in %s", name, path),
+			"it is the Go shim's key; the Rust shim does not know it and says nothing. Images of this snapshotter are pulled in the guest without it",
+			fmt.Sprintf("remove it from %s; the key that has the effect, for handlers with another snapshotter, is experimental = [\"force_guest_pull\"] in [runtime]", path))
 	}
 	enough, largest := c.enoughTime()
 	timeout, kubelet := time.Duration(k.timeout)*time.Second, kubeletTimeout(c.Host)
