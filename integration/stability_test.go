@@ -64,16 +64,21 @@ func count(t *testing.T, f figures.Figure, n int64) {
 func TestKills(t *testing.T) {
 	rounds := envNumber(t, "GUEST_PULL_KILLS", 20)
 	seed := envNumber(t, "GUEST_PULL_SEED", rand.Uint64())
-	t.Logf("%d rounds; repeat them with GUEST_PULL_KILLS=%d GUEST_PULL_SEED=%d", rounds, rounds, seed)
-
 	// The control: what happens to runc on overlayfs is none of the snapshotter's.
 	handler := os.Getenv("GUEST_PULL_KILLS_HANDLER")
 	if handler == "" {
 		handler = harness.Guest
 	}
+	kills(t, harness.Options{}, handler, rounds, seed)
+}
+
+func kills(t *testing.T, o harness.Options, handler string, rounds, seed uint64) {
+	t.Helper()
+	t.Logf("%d rounds; repeat them with GUEST_PULL_SEED=%d", rounds, seed)
 	reg := newRegistry(t)
+	o.Registry = reg
 	k := &killer{
-		node:    harness.New(t, harness.Options{Registry: reg}),
+		node:    harness.New(t, o),
 		handler: handler,
 		random:  rand.New(rand.NewPCG(seed, 0)),
 	}
@@ -86,7 +91,7 @@ func TestKills(t *testing.T) {
 	k.setUp(t)
 	for i := range int(rounds) {
 		if !t.Run(fmt.Sprintf("round %d", i+1), k.round) {
-			t.Fatalf("stopped after round %d; repeat with GUEST_PULL_KILLS=%d GUEST_PULL_SEED=%d", i+1, rounds, seed)
+			t.Fatalf("stopped after round %d; repeat with GUEST_PULL_SEED=%d", i+1, seed)
 		}
 		count(t, figures.Kills, 1)
 	}

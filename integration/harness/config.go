@@ -53,6 +53,9 @@ const (
 	standInBinary = "containerd-shim-guest-v2"
 )
 
+// SandboxerShim is the value of Options.Sandboxer for sandboxes that the shim makes.
+const SandboxerShim = "shim"
+
 // Options says what is special about a node. The zero value is a node with
 // containerd's default configuration, but for paths.
 type Options struct {
@@ -67,6 +70,15 @@ type Options struct {
 	// GuestSnapshotter is the snapshotter of the handler Guest; "" means
 	// Snapshotter. Comparisons name another one.
 	GuestSnapshotter string
+	// Sandboxer says who makes the sandboxes of the handler Guest: "shim" is the
+	// shim, by containerd's sandbox API; "podsandbox" is containerd, as a container
+	// of the pause image; "" means what GUEST_SANDBOXER says, or podsandbox. The
+	// stand-in guest serves the sandbox API as Kata's Rust shim does, so with "shim"
+	// Guest.Flavour is FlavourRust. Kata's makes no such sandbox on the host's
+	// network, so with "shim" the guest pods get an empty network of their own.
+	Sandboxer string
+	// DisablePauseImagePull sets disable_pause_image_pull for the handler Guest.
+	DisablePauseImagePull bool
 	// LocalPull sets use_local_image_pull: containerd's CRI pulls by itself
 	// instead of through the transfer service.
 	LocalPull bool
@@ -276,6 +288,12 @@ func writeConfig(p paths, b binaries, o Options) error {
 	if b.shim != "" {
 		guestHandler["runtime_path"] = b.shim
 	}
+	if o.Sandboxer != "" {
+		guestHandler["sandboxer"] = o.Sandboxer
+	}
+	if o.DisablePauseImagePull {
+		guestHandler["disable_pause_image_pull"] = true
+	}
 
 	conf := table{
 		"version": 4,
@@ -344,11 +362,21 @@ func writeConfig(p paths, b binaries, o Options) error {
 	guestConf := o.Guest
 	guestConf.RecordDir = p.records()
 	guestConf.RuncRoot = p.runc()
+	if o.Sandboxer == SandboxerShim {
+		guestConf.Flavour = guest.FlavourRust
+	}
 	var errs []error
 	write := func(path string, data []byte) {
 		errs = append(errs, os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, data, 0o600))
 	}
 	write(p.config(), text)
+	if o.Sandboxer == SandboxerShim {
+		write(p.join("cni", "10-none.conflist"), []byte(noNetwork))
+		for _, name := range []string{"none", "loopback"} {
+			write(p.join("cni", name), []byte(noNetworkPlugin))
+			errs = append(errs, os.Chmod(p.join("cni", name), 0o755))
+		}
+	}
 	if o.Registry != nil {
 		if err := trust(p, o.Registry, &guestConf, write); err != nil {
 			return err
@@ -361,6 +389,18 @@ func writeConfig(p paths, b binaries, o Options) error {
 	write(p.guestConf(), guestText)
 	return errors.Join(errs...)
 }
+
+// A CNI plugin that leaves a pod's network namespace as it is, empty, and says
+// otherwise: CRI wants an address.
+const (
+	noNetwork       = `{"cniVersion": "1.0.0", "name": "empty", "plugins": [{"type": "none"}]}`
+	noNetworkPlugin = `#!/bin/sh
+case $CNI_COMMAND in
+ADD) echo '{"cniVersion": "1.0.0", "interfaces": [{"name": "'"$CNI_IFNAME"'", "sandbox": "'"$CNI_NETNS"'"}], "ips": [{"address": "192.0.2.1/32", "interface": 0}]}' ;;
+VERSION) echo '{"cniVersion": "1.0.0", "supportedVersions": ["0.3.1", "0.4.0", "1.0.0"]}' ;;
+esac
+`
+)
 
 // trust makes containerd and the guest talk to a registry that they would not
 // talk to by default. A registry on loopback without TLS needs nothing.

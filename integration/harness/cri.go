@@ -78,8 +78,8 @@ type Pod struct {
 
 var serial atomic.Int64
 
-// PodConfig returns the sandbox config that kubelet makes of a pod on the host's
-// network.
+// PodConfig returns the sandbox config that kubelet makes of a pod: on the host's
+// network, or where that cannot be (see Options.Sandboxer) on its own.
 func (n *Node) PodConfig(s PodSpec) *runtimeapi.PodSandboxConfig {
 	id := serial.Add(1)
 	if s.Name == "" {
@@ -94,6 +94,10 @@ func (n *Node) PodConfig(s PodSpec) *runtimeapi.PodSandboxConfig {
 		"kubernetes.io/config.source": "api",
 	}
 	maps.Copy(annotations, s.Annotations)
+	network := runtimeapi.NamespaceMode_NODE
+	if n.opts.Sandboxer == SandboxerShim && s.Handler == Guest {
+		network = runtimeapi.NamespaceMode_POD
+	}
 	return &runtimeapi.PodSandboxConfig{
 		Metadata:     &runtimeapi.PodSandboxMetadata{Name: s.Name, Namespace: s.Namespace, Uid: uid},
 		LogDirectory: filepath.Join(n.logs(), s.Namespace+"_"+s.Name+"_"+uid),
@@ -107,18 +111,14 @@ func (n *Node) PodConfig(s PodSpec) *runtimeapi.PodSandboxConfig {
 		Linux: &runtimeapi.LinuxPodSandboxConfig{
 			CgroupParent: n.CgroupParent() + "/pod" + uid,
 			SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{
-				NamespaceOptions: hostNetwork(),
-				Seccomp:          &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_RuntimeDefault},
+				NamespaceOptions: &runtimeapi.NamespaceOption{
+					Network: network,
+					Pid:     runtimeapi.NamespaceMode_CONTAINER,
+					Ipc:     runtimeapi.NamespaceMode_POD,
+				},
+				Seccomp: &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_RuntimeDefault},
 			},
 		},
-	}
-}
-
-func hostNetwork() *runtimeapi.NamespaceOption {
-	return &runtimeapi.NamespaceOption{
-		Network: runtimeapi.NamespaceMode_NODE,
-		Pid:     runtimeapi.NamespaceMode_CONTAINER,
-		Ipc:     runtimeapi.NamespaceMode_POD,
 	}
 }
 
@@ -265,7 +265,7 @@ func (p *Pod) containerConfig(s ContainerSpec, imageRef string, user imageUser) 
 		s.Name = fmt.Sprintf("c-%d", serial.Add(1))
 	}
 	sc := &runtimeapi.LinuxContainerSecurityContext{
-		NamespaceOptions: hostNetwork(),
+		NamespaceOptions: p.Config.GetLinux().GetSecurityContext().GetNamespaceOptions(),
 		Seccomp:          &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_Unconfined},
 	}
 	if s.RunAsUser != nil {

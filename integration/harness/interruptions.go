@@ -100,10 +100,8 @@ func (n *Node) removeLeases(ctx context.Context, i *Interruptions) error {
 // (core/runtime/v2/bundle.go, atomicDelete), and passes hidden ones over when it
 // starts.
 func (n *Node) removeHiddenBundles(i *Interruptions) error {
-	hidden, err := filepath.Glob(n.bundle(".*"))
-	if err != nil {
-		return err
-	}
+	hidden := n.bundles(".*")
+	var err error
 	for _, dir := range hidden {
 		err = errors.Join(err, os.RemoveAll(dir))
 	}
@@ -205,13 +203,18 @@ func (n *Node) removeDeadSockets() error {
 	return nil
 }
 
-// knows reports whether containerd has a bundle for a container.
-func (n *Node) knows(id string) bool {
-	found, _ := filepath.Glob(n.bundle(id)) // the pattern is fine
-	return len(found) > 0
-}
+// knows reports whether containerd has a bundle for a container, or for a sandbox
+// that a shim made.
+func (n *Node) knows(id string) bool { return len(n.bundles(id)) > 0 }
 
-// bundle returns the pattern of a container's bundles in the state directory.
-func (n *Node) bundle(id string) string {
-	return filepath.Join(n.State(), "io.containerd.runtime.v2.task", "*", id)
+// bundles returns the bundles in the state directory whose name matches a pattern.
+func (n *Node) bundles(pattern string) (found []string) {
+	for _, plugin := range []string{"io.containerd.runtime.v2.task", "io.containerd.sandbox.controller.v1.shim"} {
+		dirs, err := filepath.Glob(filepath.Join(n.State(), plugin, "*", pattern))
+		if err != nil {
+			panic(err) // the pattern is malformed
+		}
+		found = append(found, dirs...)
+	}
+	return found
 }

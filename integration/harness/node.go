@@ -89,6 +89,9 @@ func Start(ctx context.Context, o Options) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
+	if o.Sandboxer == "" {
+		o.Sandboxer = os.Getenv("GUEST_SANDBOXER")
+	}
 	if o.PullHint == HintAuto {
 		o.PullHint = HintImageSpec
 		if len(patches) > 0 {

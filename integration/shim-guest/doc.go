@@ -44,12 +44,18 @@
 // with nothing else in it: the host's pause image is not used. So the binary has
 // to be linked statically (CGO_ENABLED=0).
 //
+// With sandboxer = "shim" (configuration: "flavour": "rust"; the Go shim cannot) the
+// shim serves containerd's sandbox API. There is no pause container then. A process
+// of its own stands in for the virtual machine: it holds the pod's namespaces, and
+// when it ends, so do the containers and the sandbox.
+//
 // # What is like runc and not like a virtual machine
 //
 // The kernel, the network and the cgroups are the host's. Files that the OCI
 // configuration binds from the host (resolv.conf, hosts, the termination log,
 // volumes) are bound from the host. Users, groups, arguments and environment are
-// those that the host computed; unlike Kata's agent, the stand-in adds nothing
-// from the image's own configuration. The TaskCreate event carries the mounts
+// those that the host computed, as with Kata's agent, which takes nothing from the
+// image's own configuration but the pause program's (src/agent/src/rpc.rs,
+// do_create_container). The TaskCreate event carries the mounts
 // that were made in the guest, not those that the host asked for.
 package main

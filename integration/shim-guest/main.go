@@ -43,8 +43,12 @@ const (
 )
 
 func main() {
-	if filepath.Base(os.Args[0]) == pauseName {
+	switch filepath.Base(os.Args[0]) {
+	case pauseName:
 		pause()
+		return
+	case machineName:
+		machine()
 		return
 	}
 	if os.Getenv(stageEnv) == stageEnter {
@@ -61,6 +65,20 @@ func main() {
 // the same.
 type guestManager struct {
 	runcManager
+}
+
+// ensureSpec makes the OCI configuration of a sandbox that the shim makes by
+// itself, which has none, an empty one: the runc shim wants to read it.
+func ensureSpec() error {
+	f, err := os.OpenFile("config.json", os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if errors.Is(err, fs.ErrExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString("{}")
+	return errors.Join(err, f.Close())
 }
 
 // Stop cleans up after a shim that is dead. For the guest itself there is nothing

@@ -20,6 +20,7 @@ import (
 	"debug/elf"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"syscall"
@@ -28,6 +29,18 @@ import (
 // pauseName is the base name under which the binary is the pause process of a
 // sandbox.
 const pauseName = "pause"
+
+// machineName is the base name under which the binary is the virtual machine of a
+// sandbox that the shim makes by itself. It lives until its standard input ends.
+const machineName = "guest-machine"
+
+func machine() {
+	go func() {
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		os.Exit(0)
+	}()
+	pause()
+}
 
 // pause holds the namespaces of a pod until it is told to stop, and reaps, as
 // process 1 of a shared process namespace has to.

@@ -32,6 +32,9 @@ func runShim(ctx context.Context, m guestManager) { shim.RunShim(ctx, m) }
 
 // Start starts the server process, which has to enter its guest first.
 func (m guestManager) Start(ctx context.Context, params *bootapi.BootstrapParams) (*bootapi.BootstrapResult, error) {
+	if err := ensureSpec(); err != nil {
+		return nil, err
+	}
 	if err := os.Setenv(stageEnv, stageEnter); err != nil {
 		return nil, err
 	}

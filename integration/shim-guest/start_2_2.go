@@ -31,6 +31,9 @@ func runShim(ctx context.Context, m guestManager) { shim.Run(ctx, m) }
 
 // Start starts the server process, which has to enter its guest first.
 func (m guestManager) Start(ctx context.Context, id string, opts shim.StartOpts) (shim.BootstrapParams, error) {
+	if err := ensureSpec(); err != nil {
+		return shim.BootstrapParams{}, err
+	}
 	if err := os.Setenv(stageEnv, stageEnter); err != nil {
 		return shim.BootstrapParams{}, err
 	}

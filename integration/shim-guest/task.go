@@ -20,15 +20,20 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
+	"sync"
 
 	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/containerd/api/types/runc/options"
 	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
+	tasktypes "github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2/task"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	ptypes "github.com/containerd/containerd/v2/pkg/protobuf/types"
 	"github.com/containerd/containerd/v2/pkg/shim"
 	"github.com/containerd/containerd/v2/pkg/shutdown"
 	"github.com/containerd/containerd/v2/plugins"
@@ -39,6 +44,7 @@ import (
 	"github.com/containerd/plugin/registry"
 	"github.com/containerd/ttrpc"
 	"github.com/containerd/typeurl/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/guest-pull/guest-pull-snapshotter/integration/shim-guest/guest"
 )
@@ -80,7 +86,9 @@ func init() {
 			if err != nil {
 				return nil, err
 			}
-			return &service{TTRPCTaskService: inner, guest: g}, nil
+			s := &service{TTRPCTaskService: inner, guest: g, containers: map[string]struct{}{}}
+			s.sandbox = newSandbox(ss.(shutdown.Service), s.killAll)
+			return s, nil
 		},
 	})
 }
@@ -89,13 +97,18 @@ func init() {
 // reaches the embedded Create are the mounts of the guest.
 type service struct {
 	taskAPI.TTRPCTaskService
-	guest *guest.Guest
+	guest   *guest.Guest
+	sandbox *sandbox
+
+	mu         sync.Mutex
+	containers map[string]struct{} // that were created and not deleted
 }
 
-// RegisterTTRPC makes the shim serve this service and not the embedded one.
+// RegisterTTRPC makes the shim serve this service and not the embedded one, and the
+// sandbox API.
 func (s *service) RegisterTTRPC(server *ttrpc.Server) error {
 	taskAPI.RegisterTTRPCTaskService(server, s)
-	return nil
+	return s.sandbox.RegisterTTRPC(server)
 }
 
 // Create pulls the container's image in the guest and creates the container
@@ -104,6 +117,10 @@ func (s *service) Create(ctx context.Context, r *taskAPI.CreateTaskRequest) (_ *
 	cfg, runcOptions, err := config(r)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
+	}
+	sandboxID, sandboxConfig, machine := s.sandbox.own()
+	if sandboxID != "" {
+		cfg = sandboxConfig
 	}
 	if r.Options, err = typeurl.MarshalAnyToProto(runcOptions); err != nil {
 		return nil, errgrpc.ToGRPC(err)
@@ -116,6 +133,7 @@ func (s *service) Create(ctx context.Context, r *taskAPI.CreateTaskRequest) (_ *
 		Namespace: ns,
 		ID:        r.ID,
 		Bundle:    r.Bundle,
+		Machine:   machine,
 	}
 	for _, m := range r.Rootfs {
 		req.Rootfs = append(req.Rootfs, mount.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options})
@@ -139,6 +157,9 @@ func (s *service) Create(ctx context.Context, r *taskAPI.CreateTaskRequest) (_ *
 	if err != nil {
 		return nil, err
 	}
+	s.mu.Lock()
+	s.containers[r.ID] = struct{}{}
+	s.mu.Unlock()
 	if err := c.Record.Write(cfg.RecordDir); err != nil {
 		log.G(ctx).WithError(err).WithField("id", r.ID).Error("the record of a container is missing")
 	}
@@ -155,7 +176,48 @@ func (s *service) Delete(ctx context.Context, r *taskAPI.DeleteRequest) (*taskAP
 	return resp, err
 }
 
+// Connect and State answer for a sandbox without a container of its own as the Rust
+// shim does (src/runtime-rs/crates/runtimes/virt_container/src/container_manager/manager.rs,
+// connect_container and state_process): containerd asks when it starts again.
+func (s *service) Connect(ctx context.Context, r *taskAPI.ConnectRequest) (*taskAPI.ConnectResponse, error) {
+	if id, _, _ := s.sandbox.own(); id != "" && id == r.ID {
+		return &taskAPI.ConnectResponse{ShimPid: uint32(os.Getpid()), TaskPid: uint32(os.Getpid())}, nil
+	}
+	return s.TTRPCTaskService.Connect(ctx, r)
+}
+
+func (s *service) State(ctx context.Context, r *taskAPI.StateRequest) (*taskAPI.StateResponse, error) {
+	if id, _, _ := s.sandbox.own(); id != "" && id == r.ID {
+		return &taskAPI.StateResponse{ID: id, Pid: uint32(os.Getpid()), Status: tasktypes.Status_RUNNING}, nil
+	}
+	return s.TTRPCTaskService.State(ctx, r)
+}
+
+// Shutdown ends a shim without containers, but not one with a sandbox: that ends
+// by the sandbox API.
+func (s *service) Shutdown(ctx context.Context, r *taskAPI.ShutdownRequest) (*ptypes.Empty, error) {
+	if id, _, _ := s.sandbox.own(); id != "" {
+		return &ptypes.Empty{}, nil
+	}
+	return s.TTRPCTaskService.Shutdown(ctx, r)
+}
+
+// killAll kills the containers of a machine that has ended.
+func (s *service) killAll(ctx context.Context) {
+	s.mu.Lock()
+	ids := slices.Collect(maps.Keys(s.containers))
+	s.mu.Unlock()
+	for _, id := range ids {
+		if _, err := s.Kill(ctx, &taskAPI.KillRequest{ID: id, Signal: uint32(unix.SIGKILL), All: true}); err != nil && !errdefs.IsNotFound(errgrpc.ToNative(err)) {
+			log.G(ctx).WithError(err).WithField("id", id).Warn("a container outlives its machine")
+		}
+	}
+}
+
 func (s *service) remove(ctx context.Context, id string) {
+	s.mu.Lock()
+	delete(s.containers, id)
+	s.mu.Unlock()
 	if err := s.guest.Remove(id); err != nil {
 		log.G(ctx).WithError(err).WithField("id", id).Warn("the guest keeps files of a removed container")
 	}

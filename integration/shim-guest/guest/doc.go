@@ -23,9 +23,11 @@
 //
 //   - which mount types the Go shim leaves unmounted on the host:
 //     IsNydusRootFSType in src/runtime/virtcontainers/kata_agent.go
-//   - the option and its JSON, Go: src/runtime/pkg/katautils and
-//     ParseKataVirtualVolume; Rust: KataVirtualVolume in
+//   - the option and its JSON, Go: ParseKataVirtualVolume in
+//     src/runtime/virtcontainers/types/virtual_volume.go; Rust: KataVirtualVolume in
 //     src/libs/kata-types/src/mount.rs
+//   - how many mounts and options, Rust: handler_rootfs in
+//     src/runtime-rs/crates/resource/src/rootfs/mod.rs
 //   - the image's name and the sandbox: handleImageGuestPullBlockVolume in
 //     kata_agent.go, get_image_reference in
 //     src/runtime-rs/crates/resource/src/rootfs/virtual_volume.rs

@@ -59,6 +59,9 @@ type Request struct {
 	Bundle string
 	// Rootfs are the mounts that the host asks for.
 	Rootfs []mount.Mount
+	// Machine is the process that holds the pod's namespaces when the shim made
+	// the sandbox by itself, and 0 otherwise.
+	Machine int
 }
 
 // Container is a container that can be created in the guest.
@@ -100,7 +103,7 @@ func (g *Guest) Prepare(ctx context.Context, cfg Config, req Request) (_ *Contai
 		return nil, err
 	}
 	annotations := spec.annotations()
-	image, err := imageName(cfg.Flavour, annotations)
+	image, err := imageName(annotations)
 	if err != nil {
 		return nil, err
 	}
@@ -155,6 +158,9 @@ func (g *Guest) Prepare(ctx context.Context, cfg Config, req Request) (_ *Contai
 		return nil, err
 	}
 	spec.setRoot(filepath.Join(req.Bundle, "rootfs"))
+	if req.Machine != 0 {
+		spec.moveNamespaces(os.Getpid(), req.Machine)
+	}
 	if err := spec.write(); err != nil {
 		return nil, err
 	}

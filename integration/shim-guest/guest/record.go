@@ -34,6 +34,12 @@ type Record struct {
 	Sandbox   bool    `json:"sandbox"`
 	Flavour   Flavour `json:"flavour"`
 
+	// SandboxAPI says that the shim made the sandbox by itself: there is no
+	// container, and no Mount, for it. MachinePID is the process that stands in
+	// for the virtual machine.
+	SandboxAPI bool `json:"sandbox_api,omitempty"`
+	MachinePID int  `json:"machine_pid,omitempty"`
+
 	// Mount is the root file system that the host asked for, and Volume what
 	// its option says.
 	Mount  mount.Mount `json:"mount"`

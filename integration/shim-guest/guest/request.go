@@ -102,6 +102,8 @@ func parseVolume(flavour Flavour, encoded string) (Volume, error) {
 	switch {
 	case v.VolumeType != "image_guest_pull":
 		return Volume{}, fmt.Errorf("volume_type is %q, want \"image_guest_pull\"", v.VolumeType)
+	// The Go shim writes into the metadata, so it has to be there; the Rust shim
+	// does without, but takes no null.
 	case v.ImagePull == nil:
 		return Volume{}, fmt.Errorf("image_pull is missing")
 	case v.ImagePull.Metadata == nil:
@@ -115,15 +117,11 @@ func parseVolume(flavour Flavour, encoded string) (Volume, error) {
 
 // imageName returns the image that a container is to run by its annotations:
 // PauseImage for a sandbox. Without a name the error is
-// errdefs.ErrInvalidArgument.
-func imageName(flavour Flavour, annotations map[string]string) (string, error) {
-	kind, ok := annotations[annotationContainerType]
-	if ok && kind == containerTypeSandbox {
+// errdefs.ErrInvalidArgument. Before Kata 4.0 the Rust shim also wanted the
+// container's type.
+func imageName(annotations map[string]string) (string, error) {
+	if annotations[annotationContainerType] == containerTypeSandbox {
 		return PauseImage, nil
-	}
-	if !ok && flavour == FlavourRust {
-		return "", fmt.Errorf("%w: Kata's Rust shim needs the annotation %s (add --annotation %s=container to ctr or nerdctl)",
-			errdefs.ErrInvalidArgument, annotationContainerType, annotationContainerType)
 	}
 	name := annotations[annotationImageName]
 	if name == "" {

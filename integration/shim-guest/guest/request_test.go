@@ -123,15 +123,11 @@ func TestReadsWhatTheSnapshotterWrites(t *testing.T) {
 func TestImageName(t *testing.T) {
 	for _, tc := range []struct {
 		name        string
-		flavour     Flavour
 		annotations map[string]string
 		want        string // empty: refused
 	}{
 		{name: "ctr", annotations: map[string]string{annotationImageName: "a/b:1"}, want: "a/b:1"},
-		// get_image_reference of the Rust shim begins with the container's type.
-		{name: "ctr, Rust", flavour: FlavourRust, annotations: map[string]string{annotationImageName: "a/b:1"}},
 		{name: "container", annotations: map[string]string{annotationContainerType: "container", annotationImageName: "a/b:1"}, want: "a/b:1"},
-		{name: "container, Rust", flavour: FlavourRust, annotations: map[string]string{annotationContainerType: "container", annotationImageName: "a/b:1"}, want: "a/b:1"},
 		{name: "sandbox", annotations: map[string]string{annotationContainerType: "sandbox"}, want: PauseImage},
 		// Whatever the host says: the guest has its own pause.
 		{name: "sandbox with a name", annotations: map[string]string{annotationContainerType: "sandbox", annotationImageName: "a/b:1"}, want: PauseImage},
@@ -140,10 +136,7 @@ func TestImageName(t *testing.T) {
 		{name: "empty name", annotations: map[string]string{annotationContainerType: "container", annotationImageName: ""}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			if tc.flavour == "" {
-				tc.flavour = FlavourGo
-			}
-			got, err := imageName(tc.flavour, tc.annotations)
+			got, err := imageName(tc.annotations)
 			assert.Equal(t, tc.want, got)
 			if tc.want == "" {
 				assert.ErrorIs(t, err, errdefs.ErrInvalidArgument)

@@ -22,6 +22,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/containerd/errdefs"
 )
@@ -70,6 +71,22 @@ func (s *spec) setProcess(args ...string) {
 	p := s.object("process")
 	p["args"] = args
 	p["cwd"] = "/"
+}
+
+// moveNamespaces has the container join the namespaces of one process where the
+// host, which knows no better, told it to join another's.
+func (s *spec) moveNamespaces(from, to int) {
+	list, _ := s.object("linux")["namespaces"].([]any)
+	for _, v := range list {
+		ns, ok := v.(map[string]any)
+		if !ok {
+			continue
+		}
+		path, _ := ns["path"].(string)
+		if name, ok := strings.CutPrefix(path, fmt.Sprintf("/proc/%d/ns/", from)); ok {
+			ns["path"] = fmt.Sprintf("/proc/%d/ns/%s", to, name)
+		}
+	}
 }
 
 func (s *spec) write() error {
