@@ -28,6 +28,8 @@ BUILD_DIR := .build
 LINE_DIR := $(BUILD_DIR)/v$(LINE)
 LINE_MODFILE := $(addprefix -modfile=,$(wildcard patches/containerd/v$(LINE)/go.mod))
 LINE_TAG := containerd_$(subst .,_,$(LINE))
+# For what runs the go command by itself, in whatever directory.
+LINE_GOFLAGS := -tags=$(LINE_TAG) $(addprefix -modfile=,$(abspath $(wildcard patches/containerd/v$(LINE)/go.mod)))
 CONTAINERD := github.com/containerd/containerd/v2
 CONTAINERD_VERSION := $(shell $(GO) list -m $(LINE_MODFILE) -f '{{.Version}}' $(CONTAINERD))
 
@@ -98,41 +100,44 @@ DIST   ?= $(BUILD_DIR)/dist
 ARCHES ?= amd64 arm64
 # All files in a package are dated as the last commit.
 SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
-PACKAGE_TOOLS := $(BUILD_DIR)/tools/package-$(CONTAINERD_VERSION)-1
-PACKAGE_ENV = ARCH=$$arch PATCH_LIST=$(PATCH_LIST) VERSION=$(VERSION) CONTAINERD_VERSION=$(CONTAINERD_VERSION) \
-	SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) TOOLS=$(PACKAGE_TOOLS)
+TOOLS := $(BUILD_DIR)/tools
+PACKAGE_TOOLS := $(TOOLS)/package-$(CONTAINERD_VERSION)-1
+PACKAGE_ENV = LINE=$(LINE) LINE_MODFILE=$(LINE_MODFILE) ARCH=$$arch VERSION=$(VERSION) CONTAINERD_VERSION=$(CONTAINERD_VERSION) \
+	PATCH_LIST=$(PATCH_LIST) SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) TOOLS=$(PACKAGE_TOOLS)
 
 # Built without paths of this machine, for the SBOM has the digest of its tool.
 $(PACKAGE_TOOLS):
 	rm -rf $@.tmp
 	set -e; for tool in github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.44.2 github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.9.0 \
 			github.com/cpuguy83/go-md2man/v2@v2.0.7 $(CONTAINERD)/cmd/gen-manpages@$(CONTAINERD_VERSION) $(CONTAINERD)/cmd/ctr@$(CONTAINERD_VERSION); do \
-		CGO_ENABLED=0 GOBIN=$(CURDIR)/$@.tmp $(GO) install -trimpath $$tool; \
+		CGO_ENABLED=0 GOBIN=$(abspath $@).tmp $(GO) install -trimpath $$tool; \
 	done
 	mv $@.tmp $@
 
-package: $(PACKAGE_TOOLS) ## build .deb, .rpm and .tar.gz for amd64 and arm64, SBOMs and SHA256SUMS into .build/dist/
+package: ## build .deb, .rpm and .tar.gz of both lines for amd64 and arm64, SBOMs and SHA256SUMS into .build/dist/
 	rm -rf $(DIST)
-	set -e; for arch in $(ARCHES); do \
-		$(MAKE) build ARCH=$$arch BIN=$(BUILD_DIR)/package/$$arch/bin; \
-		$(PACKAGE_ENV) builder/package/package.sh $(BUILD_DIR)/package/$$arch/bin $(BUILD_DIR)/package/$$arch/tree $(DIST); \
-	done
+	set -e; for line in $(LINES); do $(MAKE) package-line LINE=$$line; done
 	cd $(DIST) && sha256sum * >SHA256SUMS
 .PHONY: package
 
-package-reproducible: $(PACKAGE_TOOLS) ## build the packages twice, in different directories, and compare them (15 minutes)
+package-line: $(PACKAGE_TOOLS)
+	set -e; for arch in $(ARCHES); do \
+		$(MAKE) build ARCH=$$arch BIN=$(LINE_DIR)/package/$$arch/bin; \
+		$(PACKAGE_ENV) builder/package/package.sh $(LINE_DIR)/package/$$arch/bin $(LINE_DIR)/package/$$arch/tree $(DIST); \
+	done
+.PHONY: package-line
+
+package-reproducible: ## build the packages twice, in different directories, and compare them (half an hour)
 	builder/package/reproducible.sh ARCHES='$(ARCHES)' VERSION='$(VERSION)' REVISION='$(REVISION)' \
-		SOURCE_DATE_EPOCH='$(SOURCE_DATE_EPOCH)' PACKAGE_TOOLS='$(abspath $(PACKAGE_TOOLS))'
+		SOURCE_DATE_EPOCH='$(SOURCE_DATE_EPOCH)' TOOLS='$(abspath $(TOOLS))'
 .PHONY: package-reproducible
 
-# A Debian to install the packages in, with what the tests install in its cache.
-DEBIAN_ROOT := $(BUILD_DIR)/debian-bookworm
-
-$(DEBIAN_ROOT):
+# Debians to install the packages in, with what the tests install in their caches.
+$(BUILD_DIR)/debian-%-2:
 	rm -rf $@.tmp
-	debootstrap --variant=minbase --include=systemd,ca-certificates bookworm $@.tmp http://deb.debian.org/debian >/dev/null
+	debootstrap --variant=minbase --include=systemd,ca-certificates $* $@.tmp http://deb.debian.org/debian >/dev/null
 	echo force-unsafe-io >$@.tmp/etc/dpkg/dpkg.cfg.d/unsafe-io
-	chroot $@.tmp sh -c 'apt-get update -qq && apt-get install -qq -y --download-only --no-install-recommends runc fuse3 containerd rpm >/dev/null'
+	chroot $@.tmp sh -c 'apt-get update -qq && apt-get install -qq -y --download-only --no-install-recommends runc fuse3 containerd rpm dnf createrepo-c >/dev/null'
 	mv $@.tmp $@
 
 # By a make of its own: deps may have been made already, with another list.
@@ -140,22 +145,22 @@ packages-deps:
 	@$(MAKE) --no-print-directory deps DEBIAN_PACKAGES='cpio debootstrap lintian qemu-user-static rpm'
 .PHONY: packages-deps
 
-test-packages: packages-deps package $(DEBIAN_ROOT) ## install, upgrade, boot, remove and purge the packages in a Debian root, and check them with lintian (5 minutes)
-	DIST='$(abspath $(DIST))' DEBIAN_ROOT='$(abspath $(DEBIAN_ROOT))' $(GO) test -tags packages -count=1 -timeout 1h ./builder/package/
+test-packages: packages-deps package ## install, upgrade, move, boot, remove and purge the packages in Debian roots, and check them with lintian (15 minutes)
+	$(MAKE) test-packages-in DEBIAN=bookworm LINE=2.3
+	$(MAKE) test-packages-in DEBIAN=trixie LINE=2.4
 .PHONY: test-packages
 
-# The latest patch of each minor version of containerd that is supported.
-VERSIONS ?= v2.2.9 v2.3.7 $(CONTAINERD_VERSION)
+# In one Debian, beginning with one line.
+DEBIAN := bookworm
+test-packages-in: export GOFLAGS := $(LINE_GOFLAGS)
+test-packages-in: $(BUILD_DIR)/debian-$(DEBIAN)-2 $(PACKAGE_TOOLS)
+	DIST='$(abspath $(DIST))' DEBIAN_ROOT='$(abspath $<)' LINE=$(LINE) LINES='$(LINES)' TOOLS='$(abspath $(PACKAGE_TOOLS))' \
+		$(GO) test -tags packages -count=1 -timeout 1h ./builder/package/
+.PHONY: test-packages-in
 
-versions: deps patched ## build and test with each of these versions of containerd (ten minutes); the table goes to README.md
-	@mkdir -p $(BUILD_DIR)/versions
-	CONTAINERD_VERSION=$(CONTAINERD_VERSION) GUEST_PULL_VERSION=$(VERSION) \
-		builder/versions/versions.sh $(VERSIONS) >$(BUILD_DIR)/versions/table.md; \
-		status=$$?; cat $(BUILD_DIR)/versions/table.md; exit $$status
-ifeq ($(origin VERSIONS)$(TESTS),file)
-	@sed -i -e '/^<!-- versions -->$$/,/^<!-- \/versions -->$$/{//!d}' -e '/^<!-- versions -->$$/r $(BUILD_DIR)/versions/table.md' README.md
-endif
-.PHONY: versions
+line: ## try the patches on any version of containerd: VERSION=v2.5.0 (patches/README.md)
+	@$(PATCH) -try $(if $(filter command environment,$(origin VERSION)),$(VERSION),$(error VERSION has to name a version of containerd: make line VERSION=v2.5.0))
+.PHONY: line
 
 ## ---------------------------------------------------------------- try and test
 
@@ -172,6 +177,10 @@ deps: ## install the Debian packages that the demo and the tests need
 	fi
 .PHONY: deps
 
+other-lines: ## build the other lines as well, into .build/vLINE/bin: the tests move a node between them
+	set -e; for line in $(filter-out $(LINE),$(LINES)); do $(MAKE) build LINE=$$line BIN=$(BUILD_DIR)/v$$line/bin; done
+.PHONY: other-lines
+
 test-tools: ## build the test equipment (the stand-in guest) into .build/
 	@echo "building the stand-in guest into $(BUILD_DIR)/"
 	@cd integration && CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -o ../$(BUILD_DIR)/containerd-shim-guest-v2 ./shim-guest
@@ -182,17 +191,18 @@ demo: deps build test-tools ## pull an image in a guest and see it happen (IMAGE
 .PHONY: demo
 
 GOLANGCI_LINT_VERSION := v2.9.0
-GOLANGCI_LINT := $(BUILD_DIR)/tools/golangci-lint-$(GOLANGCI_LINT_VERSION)
+GOLANGCI_LINT := $(TOOLS)/golangci-lint-$(GOLANGCI_LINT_VERSION)
 
 $(GOLANGCI_LINT):
-	GOBIN=$(CURDIR)/$(BUILD_DIR)/tools $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT_VERSION)
-	mv $(BUILD_DIR)/tools/golangci-lint $@
+	GOBIN=$(abspath $(TOOLS)) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT_VERSION)
+	mv $(TOOLS)/golangci-lint $@
 
 lint: $(GOLANGCI_LINT) ## run golangci-lint on every module
-	$(GOLANGCI_LINT) run --allow-parallel-runners ./...
+	GOFLAGS='$(LINE_GOFLAGS)' $(GOLANGCI_LINT) run --allow-parallel-runners ./...
 	cd integration && ../$(GOLANGCI_LINT) run --allow-parallel-runners -c ../.golangci.yml ./...
 .PHONY: lint
 
+unit: export GOFLAGS := $(LINE_GOFLAGS)
 unit: deps ## run the unit and conformance tests, with the race detector
 	$(GO) test -race ./plugin/ ./plugin/volume/... ./plugin/metrics/... ./overlayhelper/... ./builder/...
 	$(GO) test -race ./plugin/users/ ./plugin/snapshotter/... -args -test.root
@@ -203,7 +213,7 @@ unit-patched: patched ## run containerd's own tests of every package that a patc
 .PHONY: unit-patched
 
 INTEGRATION_TIMEOUT := 30m
-integration: deps build test-tools bench-binaries bench-modfile ## run the built binaries against a registry, with runc and with the stand-in guest
+integration: deps build other-lines test-tools bench-binaries bench-modfile ## run the built binaries against a registry, with runc and with the stand-in guest
 	cd integration && $(GO) test -count=1 -timeout $(INTEGRATION_TIMEOUT) $$($(GO) list ./... | grep -v /bench$$)
 	cd integration && $(GO) test -count=1 $(BENCH_MODFILE) ./bench
 .PHONY: integration
@@ -251,8 +261,8 @@ bench-binaries: PATCH_LIST =
 .PHONY: bench-binaries
 
 # The benchmarks themselves are linked with the patched containerd as well: some
-# use its metadata store directly.
-BENCH_MODFILE = -modfile=../$(BENCH)/go.mod
+# use its metadata store directly. -mod=mod: another line brings other sums.
+BENCH_MODFILE = -mod=mod -modfile=../$(BENCH)/go.mod
 BENCH_RUN = cd integration && $(GO) run $(BENCH_MODFILE) ./bench
 
 bench-modfile: patched
@@ -291,13 +301,36 @@ upstream: deps build test-tools ## run containerd's own integration suites and c
 	cd integration && GUEST_PULL_CONTAINERD=$(abspath $(BIN)) $(GO) run ./upstream
 .PHONY: upstream
 
-test: new-figures lint unit unit-patched integration e2e-kubernetes-core ## lint, unit, conformance and integration tests, and a Kubernetes node
+# What all of them have passed goes into the README's table of compatibility.
+ROW = @mkdir -p $(LINE_DIR) && echo '| $(CONTAINERD_VERSION:v%=%) | $(words $(subst $(comma), ,$(PATCH_LIST))) | $(KUBERNETES_VERSION:v%=%) | pass | pass | pass | pass |' >$(LINE_DIR)/compatibility.md
+comma := ,
+
+test: new-figures lint unit unit-patched integration e2e-kubernetes-core ## lint, unit, conformance and integration tests, and a Kubernetes node (LINE=2.3, 2.4)
+	$(ROW)
 	$(PRINT_FIGURES)
 .PHONY: test
+
+test-line: deps patched ## what `make test` runs of one line, after it has run for another: what differs (LINE=2.3)
+	$(MAKE) unit-patched
+	GOFLAGS='$(LINE_GOFLAGS)' $(GO) vet ./plugin/... ./overlayhelper/... ./builder/...
+	GOFLAGS='$(LINE_GOFLAGS)' $(GO) test ./plugin/ ./builder/containerd/
+	GOFLAGS='$(LINE_GOFLAGS)' $(GO) test ./plugin/users/ ./plugin/snapshotter/... -args -test.root
+	$(MAKE) build other-lines test-tools bench-binaries
+	cd integration && $(GO) test -count=1 -timeout $(INTEGRATION_TIMEOUT) -run '^TestPatch|^TestMoveBetweenLines$$' .
+	$(MAKE) e2e-kubernetes-core
+.PHONY: test-line
+
+compatibility: ## write the README's table of what the last `make test` of each line has seen
+	sed -i -e '/^<!-- lines -->$$/,/^<!-- \/lines -->$$/{//!d}' README.md
+	{ echo '| containerd | patches | Kubernetes | unit and conformance tests | containerd'"'"'s own tests | integration tests | a Kubernetes node |'; \
+		echo '|---|---|---|---|---|---|---|'; cat $(BUILD_DIR)/v*/compatibility.md; } >$(BUILD_DIR)/compatibility.md
+	sed -i '/^<!-- lines -->$$/r $(BUILD_DIR)/compatibility.md' README.md
+.PHONY: compatibility
 
 test-all: export GUEST_PULL_KILLS := 200
 test-all: export GUEST_PULL_CONTAINERS := 1000
 test-all: INTEGRATION_TIMEOUT := 3h
-test-all: new-figures lint unit unit-patched integration fuzz upstream e2e-kubernetes test-packages package-reproducible versions ## all tests: what `make test` runs, on a large scale, containerd's own suites and the packages (hours); run it before a release
+test-all: new-figures lint unit unit-patched integration fuzz upstream e2e-kubernetes test-packages package-reproducible ## all tests: what `make test` runs, on a large scale, containerd's own suites and the packages (hours); run it before a release
+	$(ROW)
 	$(PRINT_FIGURES)
 .PHONY: test-all

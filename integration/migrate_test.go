@@ -342,3 +342,64 @@ func TestMoveFromProxyDaemonAndBack(t *testing.T) {
 	require.NoError(t, os.RemoveAll(root), "the last step")
 	require.NoError(t, n.Up(ctx))
 }
+
+// A node moves to another line of containerd, and back, with pods of both kinds that
+// run and with images. Each containerd opens the databases of the other.
+func TestMoveBetweenLines(t *testing.T) {
+	others, err := harness.OtherLines()
+	require.NoError(t, err)
+	if len(others) == 0 {
+		t.Skip("there is no containerd of another line to move to; run `make other-lines`")
+	}
+	own, err := harness.Binaries()
+	require.NoError(t, err)
+	for _, other := range others {
+		t.Run(filepath.Base(filepath.Dir(other)), func(t *testing.T) {
+			ctx := t.Context()
+			reg := newRegistry(t)
+			n := harness.New(t, harness.Options{Registry: reg})
+			app := push(t, reg, images.Spec{Name: "app", Layers: 4})
+			both := push(t, reg, images.Spec{Name: "both", Layers: 3})
+			type running struct {
+				pod *harness.Pod
+				c   *harness.Container
+				img image
+			}
+			var all []running
+			start := func(handler string, img image, policy harness.PullPolicy) {
+				t.Helper()
+				pod := runPod(t, n, harness.PodSpec{Handler: handler})
+				c := run(t, pod, harness.ContainerSpec{Image: img.Ref, PullPolicy: policy})
+				requireRuns(t, c, img)
+				all = append(all, running{pod, c, img})
+			}
+			start(harness.Guest, app, harness.IfNotPresent)
+			start(harness.Guest, both, harness.IfNotPresent)
+			start(harness.Runc, both, harness.IfNotPresent)
+			reg.Reset()
+
+			for _, to := range []string{other, own} {
+				require.NoError(t, n.Down())
+				require.NoError(t, n.Reconfigure(ctx, func(o *harness.Options) { o.Binaries = to }))
+				require.NoError(t, n.Up(ctx))
+				require.Empty(t, check(t, n).errors())
+				for _, r := range all {
+					requireRuns(t, r.c, r.img)
+				}
+				// All images are there: for the pods that run, and for new ones.
+				again := run(t, all[0].pod, harness.ContainerSpec{Image: app.Ref, PullPolicy: harness.Never})
+				requireRuns(t, again, app)
+				start(harness.Guest, app, harness.Never)
+				start(harness.Guest, both, harness.Never)
+				start(harness.Runc, both, harness.Never)
+				require.Empty(t, reg.Log().By(registry.Host), "the host pulled again")
+				// What the one made, the other removes.
+				require.NoError(t, again.Stop(ctx, 10*time.Second))
+				require.NoError(t, all[0].pod.Remove(ctx))
+				all = all[1:]
+			}
+			require.NoError(t, n.Empty(ctx))
+			require.NoError(t, n.CheckEmpty(ctx))
+		})
+	}
+}

@@ -83,10 +83,6 @@ type Input struct {
 	Daemon Daemon
 	// Patches names the patches that are built into this containerd.
 	Patches []string
-	// NeedsRuntimePlatforms says that CRI's image service does not learn a
-	// handler's snapshotter from the handler, only from runtime_platforms, which
-	// is so in containerd 2.2.
-	NeedsRuntimePlatforms bool
 }
 
 // Daemon is what a running containerd says of itself.

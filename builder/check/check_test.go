@@ -283,12 +283,6 @@ func TestFindings(t *testing.T) {
 		"runtime_platforms that agrees": {func(n *node) {
 			n.set("IMAGES", "[plugins.'io.containerd.cri.v1.images'.runtime_platforms.kata]\nsnapshotter = \"guest-pull\"\n")
 		}, nil},
-		"runtime_platforms that is needed": {func(n *node) { n.in.NeedsRuntimePlatforms = true },
-			[]wanted{{Error, "runtime-platforms", []string{`"kata" is not in`, `snapshotter = "guest-pull" in [plugins.'io.containerd.cri.v1.images'.runtime_platforms.kata]`}}}},
-		"runtime_platforms that is needed and there": {func(n *node) {
-			n.in.NeedsRuntimePlatforms = true
-			n.set("IMAGES", "[plugins.'io.containerd.cri.v1.images'.runtime_platforms.kata]\nsnapshotter = \"guest-pull\"\n")
-		}, nil},
 
 		"no shim": {func(n *node) { n.remove(shimFile) },
 			[]wanted{{Error, "shim", []string{"containerd-shim-kata-qemu-coco-dev-v2 is not found", "runtime_path"}}}},

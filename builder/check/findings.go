@@ -261,10 +261,6 @@ func (c *checker) checkHandler(ctx context.Context, name string, r Runtime) {
 		c.add(Error, "runtime-platforms", fmt.Sprintf("handler %q: runtime_platforms says snapshotter = %q, the handler %q", name, used, Snapshotter),
 			"images are pulled into the one and containers started from the other: the image is unpacked on the host, or the container is not created",
 			fmt.Sprintf("set snapshotter = %q in %s", Snapshotter, platform))
-	} else if !ok && c.NeedsRuntimePlatforms && c.Config.Plugins.Images.Snapshotter != Snapshotter {
-		c.add(Error, "runtime-platforms", fmt.Sprintf("handler %q is not in runtime_platforms", name),
-			"CRI's image service of this containerd does not know the handler's snapshotter otherwise: images are pulled and unpacked on the host",
-			fmt.Sprintf("set snapshotter = %q in %s as well", Snapshotter, platform))
 	}
 	path, wanted := shimPath(c.Host, r, c.Daemon.Binary)
 	if path == "" {

@@ -1,4 +1,4 @@
-//go:build containerd_2_2 || containerd_2_3
+//go:build containerd_2_3
 
 /*
    Copyright The guest-pull Authors.

@@ -79,8 +79,7 @@ and 0 otherwise.`,
 	},
 }
 
-// grpcSection is the section of the plugin that serves containerd's socket, which
-// is a plugin from 2.3 on.
+// grpcSection is the section of the plugin that serves containerd's socket.
 const grpcSection = "io.containerd.server.v1.grpc"
 
 // quiet keeps containerd's loading of a configuration from logging: what it would
@@ -88,7 +87,7 @@ const grpcSection = "io.containerd.server.v1.grpc"
 func quiet() error { return log.SetLevel("fatal") }
 
 func checkInput(ctx context.Context, cmd *cli.Command) check.Input {
-	in := check.Input{NeedsRuntimePlatforms: needsRuntimePlatforms}
+	in := check.Input{}
 	if patches != "" {
 		in.Patches = strings.Split(patches, ",")
 	}

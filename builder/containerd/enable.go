@@ -137,9 +137,8 @@ named, too: pods of other handlers pull them again.`,
 
 func node(ctx context.Context, cmd *cli.Command) enable.Node {
 	return enable.Node{
-		Config:                cmd.String("config"),
-		Load:                  func(path string) (*check.Config, error) { return loadEffective(ctx, cmd, path) },
-		NeedsRuntimePlatforms: needsRuntimePlatforms,
+		Config: cmd.String("config"),
+		Load:   func(path string) (*check.Config, error) { return loadEffective(ctx, cmd, path) },
 	}
 }
 

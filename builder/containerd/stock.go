@@ -1,5 +1,3 @@
-//go:build !containerd_2_2
-
 /*
    Copyright The guest-pull Authors.
 
@@ -30,10 +28,6 @@ import (
 
 	guestpull "github.com/guest-pull/guest-pull-snapshotter/plugin"
 )
-
-// needsRuntimePlatforms is false from 2.3 on: CRI tells its image service the
-// handlers' snapshotters (containerd, plugins/cri/cri.go).
-const needsRuntimePlatforms = false
 
 // unpackConfig is an entry of the transfer service's unpack_config
 // (containerd, plugins/transfer/plugin.go, unpackConfiguration).

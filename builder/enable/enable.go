@@ -77,8 +77,6 @@ type Node struct {
 	// Load returns the effective configuration that containerd would start with
 	// if its main file were the one at path.
 	Load func(path string) (*check.Config, error)
-	// NeedsRuntimePlatforms is as in [check.Input].
-	NeedsRuntimePlatforms bool
 	// Import allows to change the line of config.toml that imports files.
 	Import bool
 }
@@ -152,7 +150,7 @@ func (n Node) Enable(handlers []string, how Handler) (Change, error) {
 		case exists && how.RuntimeType != "" && how.RuntimeType != have.Type:
 			return Change{}, fmt.Errorf("handler %q exists and has runtime_type %q, not %q; leave the type out: %w",
 				name, have.Type, how.RuntimeType, errdefs.ErrInvalidArgument)
-		case exists && base.EffectiveSnapshotter(have) == check.Snapshotter && n.platform(base, name) == nil:
+		case exists && base.EffectiveSnapshotter(have) == check.Snapshotter && platform(base, name) == nil:
 			c.Already = append(c.Already, name)
 			continue
 		case exists:
@@ -175,18 +173,17 @@ func (n Node) Enable(handlers []string, how Handler) (Change, error) {
 				entry["options"] = table{"ConfigPath": how.KataConfig}
 			}
 		}
-		ours[name] = &settings{handler: entry, platform: n.platform(base, name)}
+		ours[name] = &settings{handler: entry, platform: platform(base, name)}
 		c.Handlers = append(c.Handlers, name)
 	}
 	slices.Sort(c.Handlers)
 	return n.change(c, ours)
 }
 
-// platform is the handler's entry in the section of CRI's image service, where
-// that needs one.
-func (n Node) platform(base *check.Config, name string) table {
-	p, ok := base.Plugins.Images.RuntimePlatforms[name]
-	if (ok && p.Snapshotter != check.Snapshotter) || (!ok && n.NeedsRuntimePlatforms) {
+// platform is the handler's entry in the section of CRI's image service, if that
+// says otherwise.
+func platform(base *check.Config, name string) table {
+	if p, ok := base.Plugins.Images.RuntimePlatforms[name]; ok && p.Snapshotter != check.Snapshotter {
 		return table{"snapshotter": check.Snapshotter}
 	}
 	return nil
@@ -257,7 +254,7 @@ func (n Node) change(c Change, ours map[string]*settings) (Change, error) {
 		}
 		off := slices.DeleteFunc(slices.Sorted(maps.Keys(ours)), func(name string) bool {
 			r, ok := after.Plugins.Runtime.Containerd.Runtimes[name]
-			return ok && after.EffectiveSnapshotter(r) == check.Snapshotter && n.platform(after, name) == nil
+			return ok && after.EffectiveSnapshotter(r) == check.Snapshotter && platform(after, name) == nil
 		})
 		if len(off) > 0 && late {
 			return Change{}, fmt.Errorf("%s: another file (%s) wins over %s and sets another snapshotter; change it there: %w",

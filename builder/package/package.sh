@@ -6,6 +6,8 @@
 # programs in BIN, in DIST, by way of the directory WORK. `make package` calls it,
 # from the top of the repository, with these variables:
 #
+#   LINE               minor version of containerd
+#   LINE_MODFILE       -modfile=... of that line, or empty
 #   ARCH               of the programs, in Go's words
 #   VERSION            of this project
 #   CONTAINERD_VERSION of containerd, with the v
@@ -21,9 +23,13 @@ export LC_ALL=C TZ=UTC
 
 bin=$1 work=$2 dist=$3
 here=builder/package
-name=containerd-guest-pull
+name=containerd-guest-pull-$LINE
+# containerd's version comes first, so that an upgrade of either sorts as one. A
+# pre-release of this project sorts before the release.
+version=${CONTAINERD_VERSION#v}+guestpull.${VERSION/-/\~}
 programs=(containerd ctr containerd-shim-runc-v2 guest-pull-overlayfs)
-containerd=$(go list -m -f '{{.Dir}}' github.com/containerd/containerd/v2)
+containerd=$(go list -m $LINE_MODFILE -f '{{.Dir}}' github.com/containerd/containerd/v2)
+archive=containerd-guest-pull-${version/\~/-}-linux-$ARCH
 export SOURCE_DATE_EPOCH
 
 rm -rf "$work"
@@ -96,7 +102,7 @@ stamp() {
 sboms() {
 	local p file version
 	for p in "${programs[@]}"; do
-		file=$dist/$name-$VERSION-linux-$ARCH.$p.cdx.json
+		file=$dist/$archive.$p.cdx.json
 		case $p in
 		ctr | containerd-shim-*) version=$CONTAINERD_VERSION ;; # of containerd's own module
 		*) version=v$VERSION ;;
@@ -118,10 +124,11 @@ sboms() {
 # debian makes what a .deb has to have besides.
 debian() {
 	local doc=$work/deb/usr/share/doc/$name
-	install -m 0644 $here/deb/copyright "$doc/copyright"
-	install -D -m 0644 $here/deb/lintian-overrides "$work/deb/usr/share/lintian/overrides/$name"
+	sed "s,@NAME@,$name," $here/deb/copyright >"$doc/copyright"
+	install -d "$work/deb/usr/share/lintian/overrides"
+	sed "s,@NAME@,$name," $here/deb/lintian-overrides >"$work/deb/usr/share/lintian/overrides/$name"
 	gzip -9n >"$doc/changelog.Debian.gz" <<-END
-		$name ($VERSION-$RELEASE) stable; urgency=medium
+		$name ($version-$RELEASE) stable; urgency=medium
 
 		  * Release $VERSION, with containerd $CONTAINERD_VERSION.
 
@@ -130,7 +137,7 @@ debian() {
 	chmod 0644 "$doc/changelog.Debian.gz"
 }
 
-export ARCH VERSION RELEASE=1 CONTAINERD=${CONTAINERD_VERSION#v}
+export LINE ARCH RELEASE=1 CONTAINERD=${CONTAINERD_VERSION#v} PACKAGE_VERSION=$version
 
 tree deb /usr /lib/systemd/system
 debian
@@ -148,6 +155,6 @@ doc=$work/tar/usr/local/share/doc/$name
 install -m 0644 LICENSE $here/config.toml $here/50-guest-pull.toml "$doc"
 stamp "$work/tar"
 tar --create --sort=name --owner=0 --group=0 --numeric-owner --format=gnu \
-	--directory "$work/tar/usr/local" . | gzip -9n >"$dist/$name-$VERSION-linux-$ARCH.tar.gz"
+	--directory "$work/tar/usr/local" . | gzip -9n >"$dist/$archive.tar.gz"
 
 sboms

@@ -31,6 +31,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strings"
 	"syscall"
@@ -45,7 +46,6 @@ import (
 const (
 	configFile = "/etc/containerd/config.toml"
 	dropIn     = "/etc/containerd/conf.d/50-guest-pull.toml"
-	pkg        = "containerd-guest-pull"
 	importLine = `imports = ["/etc/containerd/conf.d/*.toml"]`
 	handler    = `
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.kata-test]
@@ -53,6 +53,36 @@ const (
   snapshotter = "guest-pull"
 `
 )
+
+// The lines of containerd that there are packages of. What is not about both is
+// tested with the first one.
+var (
+	line, other = lines()
+	pkg         = "containerd-guest-pull-" + line
+	archive     = "containerd-guest-pull-" + line + ".*"
+	otherPkg    = "containerd-guest-pull-" + other
+)
+
+func lines() (first, second string) {
+	first = os.Getenv("LINE")
+	for l := range strings.FieldsSeq(os.Getenv("LINES")) {
+		if l != first {
+			second = l
+		}
+	}
+	return first, second
+}
+
+// deb and rpm are the packages for this machine, as the roots see them.
+func deb(t *testing.T, pkg string) string {
+	t.Helper()
+	return "/packages/" + filepath.Base(one(t, pkg+"_*_"+runtime.GOARCH+".deb"))
+}
+
+func rpm(t *testing.T, pkg string) string {
+	t.Helper()
+	return "/packages/" + filepath.Base(one(t, pkg+"-*."+map[string]string{"amd64": "x86_64", "arm64": "aarch64"}[runtime.GOARCH]+".rpm"))
+}
 
 func variable(t *testing.T, name string) string {
 	t.Helper()
@@ -260,8 +290,7 @@ func (r *root) run(script string) string {
 
 func (r *root) install() string {
 	r.t.Helper()
-	deb := filepath.Base(one(r.t, "*_"+runtime.GOARCH+".deb"))
-	return r.run("apt-get install -y --no-install-recommends /packages/" + deb)
+	return r.run("apt-get install -y --no-install-recommends " + deb(r.t, pkg))
 }
 
 // dump is the configuration in force.
@@ -362,10 +391,9 @@ echo "exit: $?"
 	})
 
 	t.Run("an edited drop-in survives an upgrade without a question", func(t *testing.T) {
-		deb := filepath.Base(one(t, "*_"+runtime.GOARCH+".deb"))
 		// The same package with another drop-in and a higher version.
 		r.run(`
-dpkg-deb -R /packages/` + deb + ` /root/next
+dpkg-deb -R ` + deb(t, pkg) + ` /root/next
 sed -i 's/^Version: .*/Version: 99-1/' /root/next/DEBIAN/control
 echo '# a comment of a later version' >>/root/next` + dropIn + `
 dpkg-deb --build -Znone /root/next /root/next.deb >/dev/null
@@ -413,8 +441,7 @@ func TestReplaceDebiansContainerd(t *testing.T) {
 	assert.NotContains(t, r.handlers(), "kata-test")
 	r.run("sed -i '1i " + importLine + "' " + configFile)
 	assert.Equal(t, map[string]string{"runc": "", "kata-test": "guest-pull"}, r.handlers())
-	deb := filepath.Base(one(t, "*_"+runtime.GOARCH+".deb"))
-	assert.NotContains(t, r.run("dpkg -i /packages/"+deb), "does not import")
+	assert.NotContains(t, r.run("dpkg -i "+deb(t, pkg)), "does not import")
 	before = r.run("cat " + configFile)
 
 	t.Run("purging Debian's leaves the node as it is", func(t *testing.T) {
@@ -437,8 +464,7 @@ func TestReplaceDebiansContainerd(t *testing.T) {
 func TestReplaceWithDpkgAlone(t *testing.T) {
 	r := newRoot(t)
 	r.run("apt-get install -y -qq --no-install-recommends containerd fuse3")
-	deb := filepath.Base(one(t, "*_"+runtime.GOARCH+".deb"))
-	r.run("dpkg -i --auto-deconfigure -B /packages/" + deb)
+	r.run("dpkg -i --auto-deconfigure -B " + deb(t, pkg))
 	assert.Equal(t, "containerd ic\n"+pkg+" ii\n", r.installed())
 	assert.Contains(t, r.run("containerd --version"), "+guest-pull.")
 	assert.Contains(t, r.run("dpkg --verify "+pkg+" && echo good"), "good")
@@ -460,6 +486,66 @@ func TestBackToDebiansContainerd(t *testing.T) {
 	assert.Contains(t, r.run("systemctl is-enabled containerd"), "enabled")
 	assert.Contains(t, r.run("dpkg --verify containerd && echo good"), "good")
 	assert.Empty(t, r.run("ls -d /etc/containerd/conf.d 2>/dev/null || true"))
+}
+
+// Both lines are in one repository. Only who asks for it gets a containerd of another
+// line: no upgrade does that, and whoever has Debian's keeps it.
+func TestRepository(t *testing.T) {
+	r := newRoot(t)
+	repository := `
+mkdir -p /repository && cd /repository
+: >Packages
+for deb in *.deb; do
+	dpkg-deb -f $deb >>Packages
+	printf 'Filename: ./%s\nSize: %s\nSHA256: %s\n\n' $deb $(stat -c %s $deb) $(sha256sum $deb | cut -d ' ' -f 1) >>Packages
+done
+echo 'deb [trusted=yes] file:/repository ./' >/etc/apt/sources.list.d/test.list
+apt-get update -qq`
+	r.run("mkdir /repository && cp " + deb(t, pkg) + " " + deb(t, otherPkg) + " /repository" + repository)
+	version := func(pkg string) string {
+		return strings.TrimSpace(r.run("dpkg-query -W -f '${Version}' " + pkg))
+	}
+
+	r.run("apt-get install -y -qq --no-install-recommends containerd && apt-get dist-upgrade -y")
+	assert.Equal(t, "containerd ii\n", r.installed())
+
+	r.run("apt-get install -y --no-install-recommends " + pkg)
+	assert.Equal(t, "containerd rc\n"+pkg+" ii\n", r.installed())
+	first := version(pkg)
+	assert.Regexp(t, `^`+line+`\.[0-9]+\+guestpull\.[0-9.]+-1$`, first, "containerd's version, and ours")
+
+	// The next patch release of containerd, with the same release of this project.
+	next := regexp.MustCompile(`\.([0-9]+)\+`).ReplaceAllString(first, ".99+")
+	r.run("dpkg-deb -R " + deb(t, pkg) + " /root/next && sed -i 's/^Version: .*/Version: " + next + "/' /root/next/DEBIAN/control && " +
+		"dpkg-deb --build -Znone /root/next /repository/next.deb >/dev/null" + repository + "\napt-get dist-upgrade -y")
+	assert.Equal(t, "containerd rc\n"+pkg+" ii\n", r.installed())
+	assert.Equal(t, next, version(pkg))
+
+	r.run("echo '# a comment of mine' | tee -a " + dropIn + " >>" + configFile)
+	r.run("apt-get install -y " + otherPkg + " && apt-get dist-upgrade -y")
+	assert.Contains(t, r.installed(), otherPkg+" ii\n")
+	assert.Contains(t, r.installed(), pkg+" rc\n")
+	assert.Contains(t, r.run("containerd --version"), " v"+other+".")
+
+	r.run("apt-get install -y " + pkg)
+	assert.Contains(t, r.installed(), otherPkg+" rc\n")
+	assert.Contains(t, r.installed(), pkg+" ii\n")
+	r.run("apt-get purge -y containerd " + otherPkg)
+	assert.Equal(t, pkg+" ii\n", r.installed())
+	for _, f := range []string{dropIn, configFile} {
+		assert.Contains(t, r.run("cat "+f), "a comment of mine", f)
+	}
+	assert.Contains(t, r.run("systemctl is-enabled containerd"), "enabled")
+	r.run("apt-get purge -y " + pkg)
+	assert.Empty(t, r.run("ls -d /etc/containerd/conf.d /var/lib/containerd-guest-pull 2>/dev/null || true"))
+
+	for _, order := range [][2]string{
+		{"2.3.7+guestpull.0.1.0-1", "2.3.7+guestpull.0.2.0~rc.1-1"},
+		{"2.3.7+guestpull.0.2.0~rc.1-1", "2.3.7+guestpull.0.2.0-1"},
+		{"2.3.7+guestpull.0.9.0-1", "2.3.10+guestpull.0.1.0-1"},
+	} {
+		host(t, "dpkg", "--compare-versions", order[0], "lt", order[1])
+	}
 }
 
 // A package that depends on some version of containerd has to stay installed.
@@ -488,7 +574,6 @@ apt-get install -y /root/docker.io.deb`)
 func TestBooted(t *testing.T) {
 	r := newRoot(t)
 	r.run("apt-get install -y -qq --no-install-recommends containerd fuse3")
-	deb := filepath.Base(one(t, "*_"+runtime.GOARCH+".deb"))
 	run := r.boot()
 
 	daemon := func() string {
@@ -525,7 +610,7 @@ wait_for 'grep -qxs sleep /proc/[0-9]*/comm'`)
 	}
 	runs()
 
-	run("apt-get install -y /packages/" + deb)
+	run("apt-get install -y " + deb(t, pkg))
 	active()
 	assert.Contains(t, run("ctr version"), "+guest-pull.")
 	runs()
@@ -543,13 +628,35 @@ wait_for 'grep -qxs sleep /proc/[0-9]*/comm'`)
 	t.Run("an upgrade restarts it", func(t *testing.T) {
 		before := daemon()
 		run(`
-dpkg-deb -R /packages/` + deb + ` /root/next
+dpkg-deb -R ` + deb(t, pkg) + ` /root/next
 sed -i 's/^Version: .*/Version: 99-1/' /root/next/DEBIAN/control
 dpkg-deb --build -Znone /root/next /root/next.deb >/dev/null
 apt-get install -y /root/next.deb`)
 		active()
 		assert.NotEqual(t, before, daemon())
 		runs()
+	})
+
+	t.Run("it moves to the other line and back", func(t *testing.T) {
+		run("ctr namespaces create mine purpose=kept; echo '# a comment of mine' >>" + dropIn)
+		for _, to := range []struct{ line, pkg, from string }{{other, otherPkg, pkg}, {line, pkg, otherPkg}} {
+			before := daemon()
+			run("apt-get install -y " + deb(t, to.pkg))
+			active()
+			assert.NotEqual(t, before, daemon())
+			assert.Contains(t, run("ctr version"), "v"+to.line+".")
+			assert.Contains(t, run("readlink /proc/$(systemctl show --property MainPID --value containerd)/exe"), "/usr/bin/containerd\n")
+			runs()
+			assert.Regexp(t, `mine\s+purpose=kept`, run("ctr namespaces ls"), "the database is the same")
+			assert.Contains(t, run("systemctl is-enabled containerd"), "enabled")
+			assert.Contains(t, run("containerd guest-pull check"), "\n0 errors, ")
+			run("apt-get purge -y " + to.from)
+			active()
+			runs()
+			assert.Contains(t, run("cat "+dropIn), "a comment of mine")
+			assert.Contains(t, run("dpkg --verify "+to.pkg+" | grep -v conf.d || echo good"), "good")
+		}
+		run("ctr namespaces remove mine")
 	})
 
 	t.Run("the container ends in order", func(t *testing.T) {
@@ -574,7 +681,7 @@ func TestOtherArchitecture(t *testing.T) {
 		arch, qemu = "amd64", "qemu-x86_64-static"
 	}
 	dir := t.TempDir()
-	host(t, "tar", "-C", dir, "-xzf", one(t, "*-linux-"+arch+".tar.gz"))
+	host(t, "tar", "-C", dir, "-xzf", one(t, archive+"-linux-"+arch+".tar.gz"))
 	for _, c := range []struct{ args, want string }{
 		{"containerd --version", "+guest-pull."},
 		{"containerd guest-pull version", "patches:\n  0001-"},
@@ -593,7 +700,7 @@ func TestOtherArchitecture(t *testing.T) {
 // Errors of lintian are errors of the package; its warnings are shown.
 func TestLintian(t *testing.T) {
 	for _, arch := range []string{"amd64", "arm64"} {
-		out, err := exec.Command("lintian", "--allow-root", "--fail-on", "error", one(t, "*_"+arch+".deb")).CombinedOutput()
+		out, err := exec.Command("lintian", "--allow-root", "--fail-on", "error", one(t, pkg+"_*_"+arch+".deb")).CombinedOutput()
 		t.Logf("%s:\n%s", arch, out)
 		assert.NoError(t, err, arch)
 	}
@@ -601,14 +708,14 @@ func TestLintian(t *testing.T) {
 
 func TestRPM(t *testing.T) {
 	for arch, rpmArch := range map[string]string{"amd64": "x86_64", "arm64": "aarch64"} {
-		rpm := one(t, "*."+rpmArch+".rpm")
+		rpm := one(t, pkg+"-*."+rpmArch+".rpm")
 		query := func(args ...string) []string {
 			return strings.Split(strings.TrimSpace(host(t, "rpm", append([]string{"-qp"}, append(args, rpm)...)...)), "\n")
 		}
 		assert.Equal(t, []string{rpmArch}, query("--qf", "%{ARCH}\n"))
 		assert.Subset(t, query("--requires"), []string{"runc", "fuse3"})
 		assert.Subset(t, query("--conflicts"), []string{"containerd", "containerd.io"})
-		assert.Subset(t, query("--obsoletes"), []string{"containerd", "containerd.io"})
+		assert.Equal(t, []string{""}, query("--obsoletes"), "an upgrade would replace any containerd")
 		assert.Equal(t, []string{dropIn, configFile}, query("-c"))
 		assert.Subset(t, query("-l"), []string{
 			"/usr/bin/containerd", "/usr/bin/ctr", "/usr/bin/containerd-shim-runc-v2",
@@ -619,7 +726,7 @@ func TestRPM(t *testing.T) {
 		// absolute: without the option, cpio would install them on this machine.
 		dir := t.TempDir()
 		host(t, "sh", "-c", fmt.Sprintf("cd %s && mkdir rpm deb && (cd rpm && rpm2cpio %s | cpio --extract --make-directories --no-absolute-filenames --quiet) && dpkg-deb -x %s deb",
-			dir, rpm, one(t, "*_"+arch+".deb")))
+			dir, rpm, one(t, pkg+"_*_"+arch+".deb")))
 		host(t, "diff", "-r", filepath.Join(dir, "rpm/usr/bin"), filepath.Join(dir, "deb/usr/bin"))
 	}
 }
@@ -628,10 +735,9 @@ func TestRPM(t *testing.T) {
 // Dependencies cannot be resolved there.
 func TestRPMInstall(t *testing.T) {
 	r := newRoot(t)
-	rpm := filepath.Base(one(t, "*."+map[string]string{"amd64": "x86_64", "arm64": "aarch64"}[runtime.GOARCH]+".rpm"))
 	r.run("apt-get install -y -qq --no-install-recommends rpm")
 
-	out := r.run("rpm -i --nodeps /packages/" + rpm)
+	out := r.run("rpm -i --nodeps " + rpm(t, pkg))
 	assert.NotContains(t, out, "does not import")
 	assert.Contains(t, r.run("containerd --version"), "+guest-pull.")
 	r.run("cat >>" + dropIn + " <<'END'" + handler + "END")
@@ -639,7 +745,7 @@ func TestRPMInstall(t *testing.T) {
 
 	// A configuration that was there first stays; ours goes next to it.
 	r.run("rpm -e " + pkg + " && rm -f /etc/containerd/*.rpmsave && echo 'version = 3' >" + configFile)
-	out = r.run("rpm -i --nodeps /packages/" + rpm)
+	out = r.run("rpm -i --nodeps " + rpm(t, pkg))
 	assert.Contains(t, out, importLine, "the remedy")
 	assert.Equal(t, "version = 3\n", r.run("cat "+configFile))
 	assert.Contains(t, r.run("cat "+configFile+".rpmnew"), importLine)
@@ -648,10 +754,59 @@ func TestRPMInstall(t *testing.T) {
 	assert.Empty(t, r.run("ls -d /usr/bin/containerd* /usr/bin/*guest-pull* 2>/dev/null || true"))
 }
 
+// The same with dnf, and a systemd that runs. What Debian does not have as an .rpm is
+// made up.
+func TestDNF(t *testing.T) {
+	r := newRoot(t)
+	r.run("apt-get install -y -qq --no-install-recommends rpm dnf createrepo-c runc fuse3")
+	repository := filepath.Join(r.dir, "upper", "repository")
+	require.NoError(t, os.MkdirAll(repository, 0o755))
+	for _, name := range []string{"runc", "fuse3", "containerd"} {
+		config := filepath.Join(t.TempDir(), name+".yaml")
+		require.NoError(t, os.WriteFile(config, []byte("name: "+name+"\narch: "+runtime.GOARCH+"\nversion: 1.7.0\nmaintainer: test\ndescription: test\n"), 0o644))
+		host(t, filepath.Join(variable(t, "TOOLS"), "nfpm"), "package", "--config", config, "--packager", "rpm", "--target", repository+"/")
+	}
+	run := r.boot()
+	run("cp " + rpm(t, pkg) + " " + rpm(t, otherPkg) + ` /repository
+createrepo_c --quiet /repository
+mkdir -p /etc/yum.repos.d
+printf '[test]\nname=test\nbaseurl=file:///repository\ngpgcheck=0\n' >/etc/yum.repos.d/test.repo`)
+	installed := func() string {
+		return run("rpm -qa --qf '%{NAME}\n' 'containerd*' | sort")
+	}
+	active := func(line string) {
+		t.Helper()
+		run("wait_for 'ctr version >/dev/null 2>&1'")
+		assert.Contains(t, run("ctr version"), " v"+line+".")
+		assert.Equal(t, "enabled\nactive\n", run("systemctl is-enabled containerd; systemctl is-active containerd"))
+	}
+
+	run("dnf install -y containerd && dnf upgrade -y")
+	assert.Equal(t, "containerd\n", installed())
+
+	assert.Contains(t, run("dnf install -y "+pkg+" 2>&1 || true"), "--allowerasing", "the way to replace it")
+	run("dnf install -y --allowerasing " + pkg + " && systemctl enable --now containerd")
+	assert.Equal(t, pkg+"\n", installed())
+	active(line)
+
+	run("echo '# a comment of mine' | tee -a " + dropIn + " >>" + configFile + "; dnf upgrade -y")
+	assert.Equal(t, pkg+"\n", installed())
+	for _, to := range []struct{ line, pkg string }{{other, otherPkg}, {line, pkg}} {
+		run("dnf install -y --allowerasing " + to.pkg + " && dnf upgrade -y")
+		assert.Equal(t, to.pkg+"\n", installed())
+		active(to.line)
+		for _, f := range []string{dropIn, configFile} {
+			assert.Contains(t, run("cat "+f), "a comment of mine", f)
+		}
+	}
+	run("dnf remove -y " + pkg)
+	assert.Empty(t, run("ls -d /usr/bin/containerd* /run/containerd/containerd.sock 2>/dev/null || true"))
+}
+
 // The archive works where it is unpacked, unit and all.
 func TestArchive(t *testing.T) {
 	r := newRoot(t)
-	r.run("tar -C /usr/local -xzf /packages/" + filepath.Base(one(t, "*-linux-"+runtime.GOARCH+".tar.gz")))
+	r.run("tar -C /usr/local -xzf /packages/" + filepath.Base(one(t, archive+"-linux-"+runtime.GOARCH+".tar.gz")))
 	assert.Contains(t, r.run("containerd --version"), "+guest-pull.")
 	assert.Contains(t, r.run("nydus-overlayfs-guest-pull --version"), "guest-pull-overlayfs ")
 	assert.Contains(t, r.run("systemctl cat --root=/ containerd 2>/dev/null || cat /usr/local/lib/systemd/system/containerd.service"), "ExecStart=/usr/local/bin/containerd\n")
@@ -682,7 +837,7 @@ func TestChecksums(t *testing.T) {
 		got[f[1]] = f[0]
 	}
 	assert.Equal(t, want, got)
-	assert.Len(t, want, 2*(3+4))
+	assert.Len(t, want, 2*2*(3+4), "of two lines and two architectures")
 }
 
 // The bill of materials of a program lists what is linked into it, at the version
@@ -699,7 +854,7 @@ func TestSBOM(t *testing.T) {
 	for _, arch := range []string{"amd64", "arm64"} {
 		for _, program := range []string{"containerd", "ctr", "containerd-shim-runc-v2", "guest-pull-overlayfs"} {
 			t.Run(arch+"/"+program, func(t *testing.T) {
-				b, err := os.ReadFile(one(t, "*-linux-"+arch+"."+program+".cdx.json"))
+				b, err := os.ReadFile(one(t, archive+"-linux-"+arch+"."+program+".cdx.json"))
 				require.NoError(t, err)
 				var bom struct {
 					BOMFormat  string

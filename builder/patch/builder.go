@@ -506,16 +506,26 @@ func (e *commandError) Error() string {
 func (e *commandError) Unwrap() error { return e.err }
 
 func command(ctx context.Context, dir string, env []string, name string, args ...string) ([]byte, error) {
+	stdout, _, err := outputs(ctx, dir, env, name, args...)
+	if err != nil {
+		return nil, err
+	}
+	return stdout, nil
+}
+
+// outputs runs a command and returns what it writes, also when it fails.
+func outputs(ctx context.Context, dir string, env []string, name string, args ...string) ([]byte, string, error) {
 	var stdout, stderr bytes.Buffer
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Dir, cmd.Env = dir, env
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil {
+	err := cmd.Run()
+	if err != nil {
 		line := strings.Join(append([]string{name}, args...), " ")
 		if errors.Is(err, exec.ErrNotFound) {
-			return nil, fmt.Errorf("%s: %w; install %s", line, err, name)
+			return nil, "", fmt.Errorf("%s: %w; install %s", line, err, name)
 		}
-		return nil, &commandError{command: line, stderr: strings.TrimSpace(stderr.String()), err: err}
+		err = &commandError{command: line, stderr: strings.TrimSpace(stderr.String()), err: err}
 	}
-	return stdout.Bytes(), nil
+	return stdout.Bytes(), stderr.String(), err
 }

@@ -33,6 +33,9 @@
 //
 // Whatever it prints on standard output was asked for with a flag:
 //
+//	-try V     a table of how each patch does on any version of the module: whether
+//	           it applies, with an offset or not, builds, and whether the tests that
+//	           it brings pass. The copy is another one
 //	-series    the files of the line's patches, in order, one a line; no copy is made
 //	-list      the names of the patches that are in the copy, in order, on one
 //	           line, separated by commas
@@ -72,6 +75,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		flags    = flag.NewFlagSet("patch", flag.ContinueOnError)
 		b        builder
 		list     = flags.Bool("list", false, "print the names of the patches that are in the copy")
+		try      = flags.String("try", "", "a version of the module: try the patches on it, one by one, and print how that went")
 		series   = flags.Bool("series", false, "print the files of the line's patches, and make no copy")
 		packages = flags.Bool("packages", false, "print the packages that the patches touch")
 	)
@@ -86,6 +90,9 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		return fmt.Errorf("unexpected argument %q", flags.Arg(0))
 	}
 
+	if *try != "" {
+		return b.try(ctx, *try, stdout)
+	}
 	if *series {
 		l, err := b.find(ctx)
 		if err != nil {

@@ -143,24 +143,53 @@ func Binaries() (string, error) {
 // with, of the same minor version, as `make bench-binaries` builds them: "stock", or
 // "unpatched", which has the plugin and no patches.
 func Peer(name string) (string, error) {
-	dir, err := Binaries()
+	line, repo, err := ownLine()
 	if err != nil {
 		return "", err
 	}
-	repo, err := repository()
+	return filepath.Join(repo, ".build", line, "bench", name), nil
+}
+
+// OtherLines returns the directories of what `make other-lines` builds: this
+// project's containerd of other minor versions than the one under test.
+func OtherLines() ([]string, error) {
+	line, repo, err := ownLine()
 	if err != nil {
-		return "", err
+		return nil, err
+	}
+	found, err := filepath.Glob(filepath.Join(repo, ".build", "v*", "bin", "containerd"))
+	if err != nil {
+		return nil, err
+	}
+	var others []string
+	for _, program := range found {
+		dir := filepath.Dir(program)
+		if filepath.Base(filepath.Dir(dir)) != line {
+			others = append(others, dir)
+		}
+	}
+	return others, nil
+}
+
+// ownLine returns the minor version of the containerd under test, such as "v2.4",
+// and the root of the source tree.
+func ownLine() (line, repo string, err error) {
+	dir, err := Binaries()
+	if err != nil {
+		return "", "", err
+	}
+	if repo, err = repository(); err != nil {
+		return "", "", err
 	}
 	program := filepath.Join(dir, "containerd")
 	out, err := exec.Command(program, "--version").Output()
 	if err != nil {
-		return "", fmt.Errorf("ask %s for its version: %w", program, err)
+		return "", "", fmt.Errorf("ask %s for its version: %w", program, err)
 	}
-	line := regexp.MustCompile(` v[0-9]+\.[0-9]+`).FindString(string(out))
-	if line == "" {
-		return "", fmt.Errorf("%s --version names no version: %q", program, out)
+	if line = regexp.MustCompile(` v[0-9]+\.[0-9]+`).FindString(string(out)); line == "" {
+		return "", "", fmt.Errorf("%s --version names no version: %q", program, out)
 	}
-	return filepath.Join(repo, ".build", line[1:], "bench", name), nil
+	return line[1:], repo, nil
 }
 
 func findBinaries(o Options) (binaries, error) {
@@ -195,10 +224,6 @@ func findBinaries(o Options) (binaries, error) {
 	}
 	if b.runtimeType == "" || b.runtimeType == StandIn {
 		b.runtimeType = StandIn
-		// One that comes with the containerd was made for that version of it.
-		if b.shim = filepath.Join(b.dir, standInBinary); exist("", b.shim) == nil {
-			return b, nil
-		}
 		if repoErr != nil {
 			return b, repoErr
 		}
@@ -221,20 +246,6 @@ func (b binaries) patches(ctx context.Context) ([]string, error) {
 	}
 	_, list, _ := strings.Cut(string(out), "\npatches:\n")
 	return strings.Fields(list), nil
-}
-
-// asPlugins reports whether containerd's servers are plugins, with sections of
-// their own, which they are from version 4 of the configuration on (2.3).
-func (b binaries) asPlugins() (bool, error) {
-	out, err := exec.Command(filepath.Join(b.dir, "containerd"), "config", "default").Output()
-	if err != nil {
-		return false, fmt.Errorf("ask containerd for its default configuration: %w", err)
-	}
-	var conf struct{ Version int }
-	if err := toml.Unmarshal(out, &conf); err != nil {
-		return false, fmt.Errorf("read containerd's default configuration: %w", err)
-	}
-	return conf.Version >= 4, nil
 }
 
 func exist(remedy string, files ...string) error {
@@ -331,18 +342,6 @@ func writeConfig(p paths, b binaries, o Options) error {
 				},
 			},
 		},
-	}
-	if asPlugins, err := b.asPlugins(); err != nil {
-		return err
-	} else if !asPlugins {
-		conf["version"] = 3
-		sections := conf["plugins"].(table)
-		for key, uri := range map[string]string{"grpc": "io.containerd.server.v1.grpc", "ttrpc": "io.containerd.server.v1.ttrpc"} {
-			conf[key] = sections[uri]
-			delete(sections, uri)
-		}
-		// Before 2.3 the handler's own snapshotter does not reach the image service.
-		images["runtime_platforms"] = table{Guest: table{"snapshotter": snapshotter}}
 	}
 	for what, text := range map[string]string{
 		"Options.PluginConfig": "[plugins.'io.containerd.snapshotter.v1.guest-pull']\n" + o.PluginConfig,

@@ -58,13 +58,13 @@ func main() {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", runtimeName, err)
 		os.Exit(1)
 	}
-	runShim(context.Background(), guestManager{manager.NewShimManager(runtimeName)})
+	shim.RunShim(context.Background(), guestManager{Shim: manager.NewShimManager(runtimeName)})
 }
 
 // guestManager is the manager of the runc shim: the grouping and the sockets are
 // the same.
 type guestManager struct {
-	runcManager
+	shim.Shim
 }
 
 // ensureSpec makes the OCI configuration of a sandbox that the shim makes by
@@ -84,7 +84,7 @@ func ensureSpec() error {
 // Stop cleans up after a shim that is dead. For the guest itself there is nothing
 // to do: it lives in the mount namespace of the shim and of its containers.
 func (m guestManager) Stop(ctx context.Context, id string) (shim.StopStatus, error) {
-	status, err := m.runcManager.Stop(ctx, id)
+	status, err := m.Shim.Stop(ctx, id)
 	removeSockets(ctx, id)
 	return status, err
 }
@@ -105,5 +105,5 @@ func removeSockets(ctx context.Context, id string) {
 // Info describes the runtime. The runtime options are not looked at: they may be
 // of the generic type, which the runc shim refuses.
 func (m guestManager) Info(ctx context.Context, _ io.Reader) (*types.RuntimeInfo, error) {
-	return m.runcManager.Info(ctx, strings.NewReader(""))
+	return m.Shim.Info(ctx, strings.NewReader(""))
 }

@@ -1,5 +1,3 @@
-//go:build !containerd_2_2
-
 /*
    Copyright The guest-pull Authors.
 
@@ -26,10 +24,6 @@ import (
 	"github.com/containerd/containerd/v2/pkg/shim"
 )
 
-type runcManager = shim.Shim
-
-func runShim(ctx context.Context, m guestManager) { shim.RunShim(ctx, m) }
-
 // Start starts the server process, which has to enter its guest first.
 func (m guestManager) Start(ctx context.Context, params *bootapi.BootstrapParams) (*bootapi.BootstrapResult, error) {
 	if err := ensureSpec(); err != nil {
@@ -38,7 +32,7 @@ func (m guestManager) Start(ctx context.Context, params *bootapi.BootstrapParams
 	if err := os.Setenv(stageEnv, stageEnter); err != nil {
 		return nil, err
 	}
-	return m.runcManager.Start(ctx, params)
+	return m.Shim.Start(ctx, params)
 }
 
 // socketAddress is the address of a shim's socket. The working directory is the

@@ -20,13 +20,13 @@
 //
 //	go run ./upstream [-suite NAME,...] [-run REGEXP]
 //
-// Containerd's suites come from the module that go.mod pins. Each run is in a
+// Containerd's suites come from the module of the version that bin/ is made of. Each run is in a
 // sandbox of namespaces, with a registry in it that has images by the names that
 // the suites use: no network is needed, and the machine is left as it was.
 //
 // A case that passes on stock containerd has to pass. One that does not has to be
 // in exceptions.txt, with the reason. The results of the last run are kept in
-// .build/upstream/results.
+// .build/vMAJOR.MINOR/upstream/results.
 package main
 
 import (
@@ -74,10 +74,11 @@ var suites = []suite{
 
 // tree is where things are.
 type tree struct {
-	repo string // the root of the repository
-	out  string // .build/upstream
-	bin  string // this project's binaries
-	last bool   // the results are there already
+	repo    string // the root of the repository
+	out     string // .build/vMAJOR.MINOR/upstream
+	bin     string // this project's binaries
+	version string // of the containerd that they are made of
+	last    bool   // the results are there already
 }
 
 func main() {
@@ -215,7 +216,7 @@ func findTree() (tree, error) {
 			return tree{}, fmt.Errorf("the source tree is in %s, which the sandbox has one of its own of; move it", hidden)
 		}
 	}
-	t := tree{repo: dir, out: filepath.Join(dir, ".build", "upstream"), bin: os.Getenv("GUEST_PULL_CONTAINERD")}
+	t := tree{repo: dir, bin: os.Getenv("GUEST_PULL_CONTAINERD")}
 	if t.bin == "" {
 		t.bin = filepath.Join(dir, "bin")
 	}
@@ -225,6 +226,16 @@ func findTree() (tree, error) {
 	if _, err := os.Stat(filepath.Join(t.bin, "containerd")); err != nil {
 		return tree{}, fmt.Errorf("%w; run `make build`, or let GUEST_PULL_CONTAINERD name the directory of a containerd", err)
 	}
+	// v2.4.2+guest-pull.0.1.0: the suites, and what is compared with, are of v2.4.2.
+	out, err := exec.Command(filepath.Join(t.bin, "containerd"), "--version").Output()
+	if err != nil {
+		return tree{}, fmt.Errorf("ask the containerd in %s for its version: %w", t.bin, err)
+	}
+	m := regexp.MustCompile(` ((v[0-9]+\.[0-9]+)\.[^ +]+)`).FindStringSubmatch(string(out))
+	if m == nil {
+		return tree{}, fmt.Errorf("the containerd in %s names no version: %q", t.bin, out)
+	}
+	t.version, t.out = m[1], filepath.Join(dir, ".build", m[2], "upstream")
 	return t, nil
 }
 
@@ -238,11 +249,16 @@ const (
 // build builds the suites, their tools and a stock containerd, all from a copy
 // of the containerd module. What is built already is built again in no time.
 func (t tree) build() error {
-	out, err := exec.Command("go", "list", "-m", "-f", "{{.Version}} {{.Dir}}", containerdModule).Output()
+	version := t.version
+	out, err := exec.Command("go", "mod", "download", "-json", containerdModule+"@"+version).Output()
 	if err != nil {
-		return fmt.Errorf("find the containerd module: %w", err)
+		return fmt.Errorf("find the containerd module of version %s: %w", version, err)
 	}
-	version, module, _ := strings.Cut(strings.TrimSpace(string(out)), " ")
+	var found struct{ Dir string }
+	if err := json.Unmarshal(out, &found); err != nil {
+		return fmt.Errorf("read the output of go mod download: %w", err)
+	}
+	module := found.Dir
 	source := filepath.Join(t.out, "containerd-"+version)
 	if _, err := os.Stat(source); err != nil {
 		unfinished := source + ".tmp"
