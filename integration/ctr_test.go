@@ -133,3 +133,25 @@ func TestCtrRunWithoutImageName(t *testing.T) {
 		require.ErrorContains(t, err, "io.kubernetes.cri.image-name")
 	}
 }
+
+// ctr looks users up by itself, in what the host has of the image.
+func TestCtrUser(t *testing.T) {
+	for name, list := range map[string]string{
+		"nothing known": "",
+		"listed":        "[plugins.'io.containerd.snapshotter.v1.guest-pull'.users]\napp = \"1000:1000\"",
+	} {
+		t.Run(name, func(t *testing.T) {
+			n, reg := newNode(t, harness.Options{PluginConfig: list})
+			img := push(t, reg, images.Spec{Name: "app", User: "app"})
+			_, err := n.Ctr(t.Context(), "images", "pull", "--plain-http", "--snapshotter", harness.Snapshotter, img.Ref)
+			require.NoError(t, err)
+			out, err := n.Ctr(t.Context(), append(ctrRun(n, img.Ref, "c1", "--rm", "--annotation", "io.kubernetes.cri.image-name="+img.Ref), "/bin/id", "-u")...)
+			if list == "" {
+				require.ErrorContains(t, err, "no users found")
+				return
+			}
+			require.NoError(t, err)
+			require.Equal(t, "1000\n", out)
+		})
+	}
+}

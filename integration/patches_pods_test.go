@@ -20,6 +20,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -196,4 +197,212 @@ func TestPatchImpatientKubelet(t *testing.T) {
 		require.Len(t, reg.Log().By(registry.Host).In("app").Of(registry.Config).OK(), 1, "pulls by the host")
 		require.NoError(t, onlyManifests(reg, "app"))
 	})
+}
+
+// What an image has at the volumes that it defines is in the guest, with its owner,
+// and so is what is written there. A volume of the pod comes before it.
+func TestPatchImageVolumes(t *testing.T) {
+	eachContainerd(t, func(t *testing.T, binaries string) {
+		ctx := t.Context()
+		n, reg := newMixedNode(t, harness.Options{Binaries: binaries})
+		guest, host := runPod(t, n, harness.PodSpec{Handler: harness.Guest}), runPod(t, n, harness.PodSpec{Handler: harness.Runc})
+		dir := func(name string, owner int, mode fs.FileMode) images.File {
+			return images.File{Name: name, Mode: fs.ModeDir | mode, Owner: owner}
+		}
+		file := func(name string, owner int) images.File {
+			return images.File{Name: name, Mode: 0o640, Data: "of the image\n", Owner: owner}
+		}
+		for _, spec := range []images.Spec{
+			{Name: "database", User: "1000:1000", Volumes: []string{"/var/lib/db"},
+				Top: [][]images.File{{dir("var/lib/db", 1000, 0o700), file("var/lib/db/base", 1000)}}},
+			{Name: "open", User: "1000:1000", Volumes: []string{"/data"},
+				Top: [][]images.File{{dir("data", 0, 0o777), file("data/file", 1000)}}},
+			{Name: "nested", Volumes: []string{"/srv", "/srv/in"},
+				Top: [][]images.File{{dir("srv", 0, 0o755), file("srv/file", 0), dir("srv/in", 1000, 0o755), file("srv/in/file", 1000)}}},
+			{Name: "empty", User: "1000:1000", Volumes: []string{"/empty"}, Top: [][]images.File{{dir("empty", 1000, 0o750)}}},
+		} {
+			img := push(t, reg, spec)
+			seen := func(p *harness.Pod) (string, *harness.Container) {
+				group := int64(1000)
+				s := harness.ContainerSpec{Image: img.Ref}
+				if spec.User != "" {
+					s.RunAsGroup = &group // On stock containerd it is 0 in the guest.
+				}
+				c, errs := start(ctx, p, s, 3)
+				require.NotNil(t, c, "%v", errs)
+				// All but the times, the blocks and the sizes of directories.
+				const look = `for d; do ls -ln $d; cat $d/file $d/base; echo more >$d/new && ls -ln $d/new; done 2>&1 | sed '/^total/d; s/ [A-Z][a-z][a-z] .* / /; s/  */ /g; /^d/s/[0-9]* \([^ ]*\)$/\1/'`
+				out, err := c.Exec(ctx, append([]string{"sh", "-c", look, "sh"}, spec.Volumes...)...)
+				require.NoError(t, err)
+				return out, c
+			}
+			want, _ := seen(host)
+			got, c := seen(guest)
+			var err error
+			if got != want {
+				err = fmt.Errorf("%s: in the guest the volumes are different:\n%s\nand under runc\n%s", spec.Name, got, want)
+			}
+			require.NotContains(t, want, "denied")
+			if spec.Name != "empty" {
+				require.Contains(t, want, "of the image")
+			}
+			stock := "in the guest the volumes are different"
+			requireFixed(t, n, "0017", err, stock)
+			dirs, err := filepath.Glob(filepath.Join(n.Root(), "io.containerd.grpc.v1.cri", "containers", c.ID, "volumes", "*"))
+			require.NoError(t, err)
+			if hasPatch(n, "0017") {
+				require.Empty(t, dirs, "directories of the image's volumes on the host")
+			} else {
+				require.NotEmpty(t, dirs)
+			}
+		}
+
+		// A volume of the pod.
+		img := push(t, reg, images.Spec{Name: "pods", Volumes: []string{"/data"}, Top: [][]images.File{{dir("data", 0, 0o755), file("data/file", 0)}}})
+		volume := t.TempDir()
+		require.NoError(t, os.WriteFile(filepath.Join(volume, "of-the-pod"), nil, 0o644))
+		c := run(t, guest, harness.ContainerSpec{Image: img.Ref, Mounts: []*runtimeapi.Mount{{HostPath: volume, ContainerPath: "/data"}}})
+		out, err := c.Exec(ctx, "ls", "/data")
+		require.NoError(t, err)
+		require.Equal(t, "of-the-pod\n", out)
+	})
+}
+
+// A handler can have the volumes of images on the host, as before.
+func TestPatchKeepImageVolumes(t *testing.T) {
+	n, reg := newNode(t, harness.Options{
+		ExtraConfig: "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.guest]\nkeep_image_defined_volumes = true\n",
+	})
+	img := push(t, reg, images.Spec{Name: "app", Volumes: []string{"/data"}, Top: [][]images.File{{{Name: "data/file", Data: "x"}}}})
+	c := run(t, runPod(t, n, harness.PodSpec{Handler: harness.Guest}), harness.ContainerSpec{Image: img.Ref})
+	out, err := c.Exec(t.Context(), "ls", "/data")
+	require.NoError(t, err)
+	require.Empty(t, out)
+}
+
+// What the host does not know of a user it does not take in silence: it is logged
+// with what settles it, counted, kept on the container, or refused. Nothing is
+// guessed of an image that the host has for runc pods.
+func TestPatchUnresolvedUsers(t *testing.T) {
+	ctx := t.Context()
+	metrics := freeAddress(t)
+	reg := newRegistry(t)
+	n := harness.New(t, harness.Options{Registry: reg, ExtraConfig: fmt.Sprintf("[plugins.'io.containerd.server.v1.metrics']\naddress = %q\n", metrics)})
+	if !hasPatch(n, "0018") {
+		t.Skip("this containerd has no patch 0018")
+	}
+	pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
+	id := func(v int64) *int64 { return &v }
+	logged := func() string {
+		log, err := os.ReadFile(n.LogFile())
+		require.NoError(t, err)
+		return string(log)
+	}
+	for i, c := range []struct {
+		user   string
+		spec   harness.ContainerSpec
+		policy runtimeapi.SupplementalGroupsPolicy
+		groups []int64 // fsGroup is among them
+		says   string
+	}{
+		{user: "", says: ""},
+		{user: "0:0", says: ""},
+		{user: "1000", says: "user 1000, group 0, and no supplementary groups of the image"},
+		{user: "1000:2000", says: "user 1000, no supplementary groups of the image"},
+		{user: "", spec: harness.ContainerSpec{RunAsUser: id(1000)}, says: "user 1000, group 0, and no supplementary groups of the image"},
+		{user: "1000:2000", spec: harness.ContainerSpec{RunAsUser: id(1001)}, says: "user 1001, group 0, and no supplementary groups of the image"},
+		{user: "", spec: harness.ContainerSpec{RunAsUser: id(1000)}, groups: []int64{3000}, says: "user 1000, group 0, and no supplementary groups of the image"},
+		{user: "app", spec: harness.ContainerSpec{RunAsUser: id(1000), RunAsGroup: id(1000)}, says: "user 1000, no supplementary groups of the image"},
+		{user: "app", spec: harness.ContainerSpec{RunAsUser: id(1000), RunAsGroup: id(1000)}, policy: runtimeapi.SupplementalGroupsPolicy_Strict, groups: []int64{2000}, says: ""},
+	} {
+		img := push(t, reg, images.Spec{Name: fmt.Sprintf("user-%d", i), User: c.user})
+		before := logged()
+		c.spec.Image = img.Ref
+		created, err := createWithGroups(ctx, pod, c.spec, c.policy, c.groups)
+		require.NoError(t, err)
+		record, err := n.Client.ContainerService().Get(harness.CRI(ctx), created.ID)
+		require.NoError(t, err)
+		require.Equal(t, c.says, record.Labels["io.cri-containerd.unresolved-user"])
+		said := strings.TrimPrefix(logged(), before)
+		if c.says == "" {
+			require.NotContains(t, said, `the user of container \"`+created.Config.Metadata.Name+`\"`)
+		} else {
+			for _, s := range []string{"level=warning", "The user of a container is guessed", c.says, img.Ref, created.Config.Metadata.Name,
+				pod.Config.Metadata.Namespace + "/" + pod.Config.Metadata.Name, `securityContext:\n  runAsUser: 1`, "supplementalGroupsPolicy: Strict"} {
+				require.Contains(t, said, s)
+			}
+		}
+		require.NoError(t, created.Remove(ctx))
+	}
+	require.Contains(t, scrape(t, metrics), `containerd_cri_unresolved_users_total{result="guessed"} 8`)
+
+	// The status names them.
+	img := push(t, reg, images.Spec{Name: "shown", User: "1000"})
+	c, err := pod.Create(ctx, harness.ContainerSpec{Image: img.Ref})
+	require.NoError(t, err)
+	shown, err := n.Containerd(ctx, "guest-pull", "status")
+	require.NoError(t, err)
+	require.Contains(t, shown, "user 1000, group 0, and no supplementary groups of the image for container "+c.Config.Metadata.Name)
+
+	// The same image for runc first. Its user app is in the group extra.
+	named := push(t, reg, images.Spec{Name: "both", User: "app"})
+	require.NoError(t, runAs(ctx, runPod(t, n, harness.PodSpec{Handler: harness.Runc}), named))
+	want, err := createdUser(t, n, runPod(t, n, harness.PodSpec{Handler: harness.Runc}), harness.ContainerSpec{Image: named.Ref})
+	require.NoError(t, err)
+	got, err := createdUser(t, n, pod, harness.ContainerSpec{Image: named.Ref})
+	require.NoError(t, err)
+	require.Equal(t, want, got)
+	require.JSONEq(t, `{"uid":1000,"gid":1000,"additionalGids":[1000,2000]}`, got)
+	views, err := n.Snapshots(harness.CRI(ctx), "overlayfs")
+	require.NoError(t, err)
+	for _, s := range views {
+		require.NotContains(t, s.Name, "-image", "the view is left")
+	}
+}
+
+// createWithGroups makes kubelet's calls for a container with these supplementary groups.
+func createWithGroups(ctx context.Context, pod *harness.Pod, s harness.ContainerSpec, policy runtimeapi.SupplementalGroupsPolicy, groups []int64) (*harness.Container, error) {
+	c, err := pod.Create(ctx, s)
+	if err != nil || policy == 0 && groups == nil {
+		return c, err
+	}
+	if err := c.Remove(ctx); err != nil {
+		return nil, err
+	}
+	c.Config.Metadata.Name += "-groups"
+	c.Config.Linux.SecurityContext.SupplementalGroups = groups
+	c.Config.Linux.SecurityContext.SupplementalGroupsPolicy = policy
+	return pod.CreateFrom(ctx, c.Config)
+}
+
+// With "refuse" a container of which something would be guessed is not created, and
+// what the error says to write makes it run.
+func TestPatchRefuseUnresolvedUsers(t *testing.T) {
+	ctx := t.Context()
+	n, reg := newNode(t, harness.Options{ExtraConfig: "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.guest]\nunresolved_users = \"refuse\"\n"})
+	if !hasPatch(n, "0018") {
+		t.Skip("this containerd has no patch 0018")
+	}
+	pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
+	img := push(t, reg, images.Spec{Name: "app", User: "1000"})
+	_, err := pod.Create(ctx, harness.ContainerSpec{Image: img.Ref})
+	for _, s := range []string{img.Ref, "group 0", "securityContext:\n  runAsUser: 1000\n  runAsGroup: <GID of user 1000 in the image>"} {
+		require.ErrorContains(t, err, s)
+	}
+	root := push(t, reg, images.Spec{Name: "root"})
+	c := run(t, pod, harness.ContainerSpec{Image: root.Ref})
+	require.NoError(t, checkUser(ctx, c, "0"))
+
+	// As the error says.
+	c, err = pod.Create(ctx, harness.ContainerSpec{Image: root.Ref, RunAsUser: new(int64), RunAsGroup: new(int64)})
+	require.NoError(t, err)
+	require.NoError(t, c.Remove(ctx))
+	c.Config.Metadata.Name += "-strict"
+	sc := c.Config.Linux.SecurityContext
+	sc.RunAsUser.Value, sc.RunAsGroup.Value = 1000, 1000
+	sc.SupplementalGroupsPolicy = runtimeapi.SupplementalGroupsPolicy_Strict
+	c, err = pod.CreateFrom(ctx, c.Config)
+	require.NoError(t, err)
+	require.NoError(t, c.Start(ctx))
+	require.NoError(t, checkUser(ctx, c, "1000"))
 }

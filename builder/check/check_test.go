@@ -503,7 +503,16 @@ func TestFindings(t *testing.T) {
 		}, []wanted{{Warning, "unpack-config", []string{"ctr and nerdctl"}}}},
 		"discard_unpacked_layers": {func(n *node) { n.set("IMAGES", "discard_unpacked_layers = true") },
 			[]wanted{{Warning, "discard-unpacked-layers", []string{"remove it"}}}},
-		"image volumes": {func(n *node) { n.set("ignore_image_defined_volumes = true", "") },
+		"image volumes": {func(n *node) {
+			n.in.Patches = append(n.in.Patches, "0017-cri-leave-image-defined-volumes-out-where-the-image-")
+			n.set("ignore_image_defined_volumes = true", "")
+		}, nil},
+		"image volumes, kept": {func(n *node) {
+			n.in.Patches = append(n.in.Patches, "0017-cri-leave-image-defined-volumes-out-where-the-image-")
+			n.set("ignore_image_defined_volumes = true", "")
+			n.set("KATA", "keep_image_defined_volumes = true")
+		}, []wanted{{Warning, "image-volumes", []string{`handler "kata": keep_image_defined_volumes = true`, "remove it"}}}},
+		"image volumes, without the patch": {func(n *node) { n.set("ignore_image_defined_volumes = true", "") },
 			[]wanted{{Warning, "image-volumes", []string{"VOLUME", "ignore_image_defined_volumes = true"}}}},
 
 		"users out of layers": {func(n *node) { n.set(`root_path = ""`, "root_path = \"\"\n  resolve_users = \"registry\"") },

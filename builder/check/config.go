@@ -122,6 +122,8 @@ type Runtime struct {
 	DisablePauseImagePull bool   `toml:"disable_pause_image_pull"`
 	// DisableLayerFetch exists in a containerd with the patch of that name.
 	DisableLayerFetch bool `toml:"disable_layer_fetch"`
+	// KeepImageDefinedVolumes likewise.
+	KeepImageDefinedVolumes bool `toml:"keep_image_defined_volumes"`
 }
 
 const sandboxerShim = "shim"

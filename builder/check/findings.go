@@ -304,6 +304,11 @@ func (c *checker) checkHandler(ctx context.Context, name string, r Runtime) {
 			"a mistake in the configuration or in a pod's annotations can have an image pulled on the host, and nothing says so",
 			fmt.Sprintf("set disable_layer_fetch = true in %s: such a pull then fails", section(runtimeURI, "containerd", "runtimes", name)))
 	}
+	if r.KeepImageDefinedVolumes && c.leavesVolumesOut() && !c.Config.Plugins.Runtime.IgnoreImageDefinedVolumes {
+		handler := section(runtimeURI, "containerd", "runtimes", name)
+		c.add(Warning, "image-volumes", fmt.Sprintf("handler %q: keep_image_defined_volumes = true in %s", name, handler), volumesHide,
+			"remove it, and declare the volumes that are needed (emptyDir) in the pods")
+	}
 	facts.KataConfig = c.checkKata(name, r, s)
 	c.checkSandboxer(name, r, s, facts.KataConfig)
 }
@@ -338,12 +343,17 @@ func (c *checker) checkImages() {
 			"the layers that runc pods pulled are dropped once unpacked, so another snapshotter has to pull the image again; and CRI pulls by itself, not through the transfer service. It saves nothing for guest-pulled images: their layers are never on the host",
 			"remove it, unless the disk space is needed")
 	}
-	if !c.Config.Plugins.Runtime.IgnoreImageDefinedVolumes {
-		c.add(Warning, "image-volumes", "ignore_image_defined_volumes = false in "+section(runtimeURI),
-			"for each VOLUME that an image declares, containerd mounts a directory of the host over the image's own, and fills it from the image on the host, which is empty: the guest's files in it are hidden",
+	if !c.Config.Plugins.Runtime.IgnoreImageDefinedVolumes && !c.leavesVolumesOut() {
+		c.add(Warning, "image-volumes", "ignore_image_defined_volumes = false in "+section(runtimeURI), volumesHide,
 			"set ignore_image_defined_volumes = true in "+section(runtimeURI)+" and declare the volumes that are needed (emptyDir) in the pods; it concerns all handlers")
 	}
 }
+
+const volumesHide = "for each VOLUME that an image declares, containerd mounts a directory of the host over the image's own, and fills it from the image on the host, which is empty: the guest's files in it are hidden"
+
+// leavesVolumesOut says whether this containerd ignores the volumes of images that
+// are not on the host.
+func (c *checker) leavesVolumesOut() bool { return c.hasPatch("leave-image-defined-volumes-out") }
 
 // tellGuest is how a guest is told about registries.
 const tellGuest = "tell the guest: containerd guest-pull guest-config prints what it has to know, for its image (--format cdh) or for pods (--format annotation)"

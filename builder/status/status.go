@@ -65,7 +65,25 @@ type Status struct {
 	BytesOffHost  int64 `json:"bytes_off_host"`
 	// Snapshots are the snapshots of containers.
 	Snapshots []Snapshot `json:"container_snapshots"`
+	// UnresolvedUsers are the containers whose user was guessed.
+	UnresolvedUsers []UnresolvedUser `json:"unresolved_users"`
 }
+
+// UnresolvedUser is a container for whose user the pod does not say all, and the host
+// does not have it in the image.
+type UnresolvedUser struct {
+	Namespace string `json:"namespace"`
+	Container string `json:"container"`
+	// Pod and Name are the pod's namespace and name, and the container's name in it.
+	Pod  string `json:"pod"`
+	Name string `json:"name"`
+	// Guess is what containerd took for it.
+	Guess string `json:"guess"`
+}
+
+// labelUnresolvedUser is the label of such a container
+// (internal/cri/labels/labels.go, after patches/containerd).
+const labelUnresolvedUser = "io.cri-containerd.unresolved-user"
 
 // Image is an image that the snapshotter has.
 type Image struct {
@@ -105,7 +123,7 @@ func (s Status) Orphans() []Snapshot {
 // Collect asks a containerd. It fails with errdefs.ErrNotFound when that one does
 // not have the snapshotter.
 func Collect(ctx context.Context, c *containerd.Client) (Status, error) {
-	s := Status{Directories: -1, Images: []Image{}, Snapshots: []Snapshot{}}
+	s := Status{Directories: -1, Images: []Image{}, Snapshots: []Snapshot{}, UnresolvedUsers: []UnresolvedUser{}}
 	others, err := s.plugins(ctx, c)
 	if err != nil {
 		return s, err
@@ -271,6 +289,12 @@ func (s *Status) snapshots(ctx context.Context, ns string, n *node, mine map[str
 	for _, c := range containers {
 		if c.Snapshotter == Snapshotter {
 			owner[c.SnapshotKey] = c.ID
+			if guess := c.Labels[labelUnresolvedUser]; guess != "" {
+				s.UnresolvedUsers = append(s.UnresolvedUsers, UnresolvedUser{
+					Namespace: ns, Container: c.ID, Guess: guess, Name: c.Labels["io.kubernetes.container.name"],
+					Pod: c.Labels["io.kubernetes.pod.namespace"] + "/" + c.Labels["io.kubernetes.pod.name"],
+				})
+			}
 		}
 	}
 	needed := map[string]bool{}
@@ -349,12 +373,16 @@ func (s Status) WriteTable(w io.Writer) error {
 		{"bytes kept off the host", fmt.Sprintf("%d (compressed)", s.BytesOffHost)},
 		{"container snapshots", fmt.Sprint(len(s.Snapshots))},
 		{"orphaned snapshots", fmt.Sprint(len(orphans))},
+		{"containers with a guessed user", fmt.Sprint(len(s.UnresolvedUsers))},
 		{"directories in " + s.Root, directories},
 	} {
 		fmt.Fprintf(t, "%s:\t%s\n", row[0], row[1])
 	}
 	for _, o := range orphans {
 		fmt.Fprintf(t, "orphan:\t%s snapshot %s in namespace %s (ctr -n %s snapshots --snapshotter %s rm %s)\n", o.Kind, o.Key, o.Namespace, o.Namespace, Snapshotter, o.Key)
+	}
+	for _, u := range s.UnresolvedUsers {
+		fmt.Fprintf(t, "guessed:\t%s for container %s of pod %s (%s in namespace %s)\n", u.Guess, u.Name, u.Pod, u.Container, u.Namespace)
 	}
 	return t.Flush()
 }

@@ -160,7 +160,7 @@ func Build(s Spec) (v1.Image, error) {
 	for _, top := range s.Top {
 		var files []file
 		for _, f := range top {
-			files = append(files, file{name: f.Name, mode: f.Mode, data: []byte(f.Data), link: f.Link, hard: f.Hard})
+			files = append(files, file{name: f.Name, mode: f.Mode, data: []byte(f.Data), link: f.Link, hard: f.Hard, owner: f.Owner})
 		}
 		l, err := layer(files, s.Encoding, random)
 		if err != nil {
@@ -315,14 +315,17 @@ type File struct {
 	Data string
 	Link string // the target of a link, which is symbolic unless Hard is set
 	Hard bool
+	// Owner is its user and its group.
+	Owner int
 }
 
 type file struct {
-	name string
-	mode fs.FileMode
-	data []byte
-	link string
-	hard bool
+	name  string
+	mode  fs.FileMode
+	data  []byte
+	link  string
+	hard  bool
+	owner int
 }
 
 func dir(name string) file { return file{name: name, mode: fs.ModeDir | 0o755} }
@@ -331,7 +334,7 @@ func layer(files []file, enc Encoding, random io.Reader) (v1.Layer, error) {
 	var buf bytes.Buffer
 	tw := tar.NewWriter(&buf)
 	for _, f := range files {
-		h := &tar.Header{Name: f.name, Mode: int64(f.mode.Perm()), Size: int64(len(f.data)), Typeflag: tar.TypeReg, ModTime: time.Unix(0, 0)}
+		h := &tar.Header{Name: f.name, Mode: int64(f.mode.Perm()), Size: int64(len(f.data)), Typeflag: tar.TypeReg, ModTime: time.Unix(0, 0), Uid: f.owner, Gid: f.owner}
 		switch {
 		case f.mode.IsDir():
 			h.Typeflag, h.Name = tar.TypeDir, f.name+"/"

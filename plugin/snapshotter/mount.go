@@ -50,12 +50,10 @@ func (s *snapshotter) guestMounts(info snapshots.Info, mounts []mount.Mount) ([]
 	if err != nil {
 		return nil, err
 	}
-	if lowest == "" {
-		lowest = s.empty
-	} else if d.lower != "" && d.upper != "" && !isLayer(info.Parent) {
+	if d.lower != "" && d.upper != "" && !isLayer(info.Parent) {
 		d.lower += ":" + lowest
 	}
-	if err := restore(lowest, d); err != nil {
+	if err := restore(d); err != nil {
 		return nil, err
 	}
 	m, err := guestMount(s.mountType, lowest, s.options, info, d)
@@ -71,7 +69,7 @@ func (s *snapshotter) guestMounts(info snapshots.Info, mounts []mount.Mount) ([]
 // The directories are in it for the few places where containerd mounts a
 // container's root filesystem on the host (to look up users, to copy image
 // volumes); the guest does not see them.
-func guestMount(mountType, empty string, options []string, info snapshots.Info, d dirs) (mount.Mount, error) {
+func guestMount(mountType, lowest string, options []string, info snapshots.Info, d dirs) (mount.Mount, error) {
 	chain := chainID(info)
 	metadata := map[string]string{volume.MetadataChainID: chain}
 	for k, v := range info.Labels {
@@ -88,11 +86,11 @@ func guestMount(mountType, empty string, options []string, info snapshots.Info, 
 	switch {
 	case d.upper == "":
 		// An overlay without upperdir needs two lowerdirs.
-		o = append(o, "lowerdir="+d.lower+":"+empty)
+		o = append(o, "lowerdir="+d.lower+":"+lowest)
 	case d.lower == "", isLayer(info.Parent):
 		// Directories that the older daemon left for layers are empty too.
 		// Naming each of them would make the options exceed a page.
-		o = append(o, "workdir="+d.work, "upperdir="+d.upper, "lowerdir="+empty)
+		o = append(o, "workdir="+d.work, "upperdir="+d.upper, "lowerdir="+lowest)
 	default:
 		o = append(o, "workdir="+d.work, "upperdir="+d.upper, "lowerdir="+d.lower)
 	}
@@ -133,8 +131,8 @@ func hostDirs(m mount.Mount) (d dirs) {
 
 // restore makes the directories of a container's snapshot that went missing.
 // Under guest pull they hold nothing of the container, so nothing is lost by it.
-func restore(empty string, d dirs) error {
-	missing := []string{empty}
+func restore(d dirs) error {
+	var missing []string
 	if d.upper != "" {
 		missing = append(missing, d.upper, d.work)
 	} else if !strings.Contains(d.lower, ":") {

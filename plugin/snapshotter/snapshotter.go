@@ -35,7 +35,6 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"path/filepath"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -57,7 +56,6 @@ type snapshotter struct {
 	ms        *storage.MetaStore
 	mountType string
 	options   []string
-	empty     string // the lowerdir that all containers share
 }
 
 // New returns a snapshotter that keeps the snapshots of containers under root,
@@ -103,7 +101,6 @@ func New(ctx context.Context, root string, config Config) (snapshots.Snapshotter
 		ms:            ms,
 		mountType:     config.MountType,
 		options:       config.overlayOptions(),
-		empty:         filepath.Join(root, "empty"),
 	}
 	if err := s.open(ctx, root); err != nil {
 		return nil, errors.Join(err, images.Close())

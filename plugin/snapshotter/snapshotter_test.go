@@ -209,7 +209,7 @@ func TestGuestMount(t *testing.T) {
 	assert.Equal(t, []string{
 		"workdir=" + dir + "/work",
 		"upperdir=" + dir + "/fs",
-		"lowerdir=" + root + "/empty",
+		"lowerdir=" + root + "/users/static",
 		"index=on",
 	}, m.Options[:len(m.Options)-1])
 	assert.Equal(t, volume.GuestPull(id, map[string]string{
@@ -217,7 +217,7 @@ func TestGuestMount(t *testing.T) {
 		"containerd.io/snapshot/custom": "value",
 	}), decode(t, m))
 
-	for _, d := range []string{dir + "/work", dir + "/fs", root + "/empty"} {
+	for _, d := range []string{dir + "/work", dir + "/fs", root + "/users/static"} {
 		assert.DirExists(t, d)
 	}
 	again, err := s.Mounts(ctx, "k8s.io/1/container")
@@ -235,7 +235,7 @@ func TestGuestMount(t *testing.T) {
 	require.NoError(t, err)
 	require.Len(t, view, 1)
 	assert.Equal(t, DefaultMountType, view[0].Type)
-	assert.Regexp(t, `^lowerdir=`+root+`/snapshots/\d+/fs:`+root+`/empty$`, view[0].Options[0])
+	assert.Regexp(t, `^lowerdir=`+root+`/snapshots/\d+/fs:`+root+`/users/static$`, view[0].Options[0])
 	assert.Equal(t, id, decode(t, view[0]).Source)
 	require.NoError(t, s.Remove(ctx, "k8s.io/2/view"))
 
@@ -261,7 +261,7 @@ func TestMountsAfterRestart(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, s.Close())
 
-	for _, d := range append(directories(t, root), "../empty") {
+	for _, d := range append(directories(t, root), "../users/static") {
 		require.NoError(t, os.RemoveAll(filepath.Join(root, "snapshots", d)))
 	}
 	s = newSnapshotter(t, root, Config{})

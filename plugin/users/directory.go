@@ -28,16 +28,12 @@ import (
 
 func directoryName(chain string) string { return strings.ReplaceAll(chain, ":", "-") }
 
-// Directory returns the directory for containers of an image, or "" if nothing is
-// known of its users. The image has to be in use already, or Cleanup may remove
+// Directory returns the directory for containers of an image. The image has to be in use already, or Cleanup may remove
 // the directory.
 func (u *Images) Directory(chain string) (string, error) {
 	files, name, err := u.files(chain)
 	if err != nil {
 		return "", fmt.Errorf("users of the image with chain ID %s: %w", chain, err)
-	}
-	if name == "" {
-		return "", nil
 	}
 	dir := filepath.Join(u.root, name)
 	u.mu.RLock()
@@ -122,7 +118,7 @@ func (u *Images) Cleanup(inUse func(func(chain string)) error) error {
 	needed := map[string]bool{}
 	err = inUse(func(chain string) {
 		needed[directoryName(chain)] = true
-		needed[staticUsers] = u.static != nil
+		needed[staticUsers] = true
 	})
 	if err != nil {
 		return fmt.Errorf("clean up the users of images: %w", err)

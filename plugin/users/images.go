@@ -69,16 +69,16 @@ func (c Config) Validate() error {
 }
 
 // Images gives containers the users and groups of their images: as the lowest
-// directory of their mount, which has etc/passwd and etc/group and is otherwise as
-// empty as the one that it stands in for. containerd looks there. Images are known
-// by the chain IDs of their top layers.
+// directory of their mount, which has etc/passwd and etc/group and is otherwise
+// empty. containerd and its clients look there. Images are known by the chain IDs of
+// their top layers.
 //
 // The directories are made of what is known when they are needed (directory.go).
 // What is known is read in a pull (pull.go) and kept (store.go), or is the
 // administrator's list (static.go).
 type Images struct {
 	root   string // of the directories, each named like the chain ID of its image
-	static *Files
+	static Files
 	known  *store // nil if nothing is read from registries
 	// observe counts how pulled images fare; see Config.Observe.
 	observe func(result string)
@@ -104,12 +104,9 @@ func New(ctx context.Context, root string, config Config) (*Images, error) {
 	if u.observe == nil {
 		u.observe = func(string) {}
 	}
-	if len(config.Users)+len(config.Groups) > 0 {
-		files, err := Static(config.Users, config.Groups)
-		if err != nil {
-			return nil, err
-		}
-		u.static = &files
+	var err error
+	if u.static, err = Static(config.Users, config.Groups); err != nil {
+		return nil, err
 	}
 	path := filepath.Join(root, "users.db")
 	if config.Resolve != ResolveRegistry {
@@ -119,7 +116,6 @@ func New(ctx context.Context, root string, config Config) (*Images, error) {
 		}
 		return u, nil
 	}
-	var err error
 	u.known, err = openStore(ctx, path)
 	return u, err
 }
@@ -149,7 +145,7 @@ func (u *Images) Forget(chain string) error {
 }
 
 // files returns what is known for containers of an image, and the name of the
-// directory for it, "" if nothing is known.
+// directory for it. Of an image of which nothing is known there are root and the list.
 func (u *Images) files(chain string) (Files, string, error) {
 	if u.known != nil {
 		files, ok, err := u.known.get(chain)
@@ -160,8 +156,5 @@ func (u *Images) files(chain string) (Files, string, error) {
 			return files, directoryName(chain), nil
 		}
 	}
-	if u.static != nil {
-		return *u.static, staticUsers, nil
-	}
-	return Files{}, "", nil
+	return u.static, staticUsers, nil
 }
