@@ -116,7 +116,7 @@ func TestPatchUserGroup(t *testing.T) {
 		if out != "2000\n" {
 			err = fmt.Errorf("the group is %q", out)
 		}
-		requireFixed(t, n, "0011", err, `the group is "0\n"`)
+		requireFixed(t, n, "0005", err, `the group is "0\n"`)
 	})
 }
 
@@ -299,6 +299,36 @@ func TestPatchImageSize(t *testing.T) {
 	}
 }
 
+// What containerd records of a layer that is left to a guest is no more than what it
+// records of one that overlayfs has: an image of many layers is as many records.
+func TestPatchLayerRecords(t *testing.T) {
+	for _, path := range mixedPaths[:2] {
+		t.Run(path.name, func(t *testing.T) {
+			ctx := harness.CRI(t.Context())
+			n, reg := newMixedNode(t, path.options)
+			if !hasPatch(n, "0011") {
+				t.Skip("this containerd has no patch 0011")
+			}
+			img := push(t, reg, images.Spec{Name: "app", Layers: 20, User: "1000"})
+			for _, handler := range []string{harness.Guest, harness.Runc} {
+				require.NoError(t, runAs(ctx, runPod(t, n, harness.PodSpec{Handler: handler}), img))
+			}
+			bytes := map[string]int{}
+			for _, snapshotter := range []string{"guest-pull", "overlayfs"} {
+				for _, id := range img.chain(t) {
+					info, err := n.Client.SnapshotService(snapshotter).Stat(ctx, id)
+					require.NoError(t, err)
+					for k, v := range info.Labels {
+						bytes[snapshotter] += len(k) + len(v)
+					}
+				}
+			}
+			t.Logf("bytes of labels: %v", bytes)
+			require.LessOrEqual(t, bytes["guest-pull"], bytes["overlayfs"])
+		})
+	}
+}
+
 // With disable_layer_fetch, a mistake in the configuration of a runtime handler
 // costs the pull and not the secrecy of the image; the metrics tell of it.
 func TestPatchDisableLayerFetch(t *testing.T) {
@@ -325,9 +355,9 @@ func TestPatchDisableLayerFetch(t *testing.T) {
 					require.NotContains(t, scrape(t, metrics), `status="refused"`)
 				}
 
-				// A pod whose annotation names another handler.
+				// A request that names another handler than the pod has.
 				wrong := push(t, reg, images.Spec{Name: "wrong", Layers: 5, User: "1000"})
-				_, err := n.Pull(ctx, harness.PullSpec{Image: wrong.Ref, Pod: pod.Config, Hint: harness.HintAnnotation, Handler: harness.Runc})
+				_, err := n.Pull(ctx, harness.PullSpec{Image: wrong.Ref, Pod: pod.Config, Hint: harness.HintImageSpec, Handler: harness.Runc})
 				if err != nil {
 					require.ErrorContains(t, err, wrong.Ref)
 					require.ErrorContains(t, err, "disable_layer_fetch")

@@ -22,8 +22,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/log"
 	"github.com/containerd/platforms"
@@ -70,13 +68,10 @@ type Config struct {
 
 func init() {
 	registry.Register(&plugin.Registration{
-		Type: plugins.SnapshotPlugin,
-		ID:   ID,
-		// Only to read manifests, from which the metrics know what was left to
-		// the guest.
-		Requires: []plugin.Type{plugins.ContentPlugin},
-		Config:   &Config{MountType: snapshotter.DefaultMountType, ResolveUsers: users.ResolveOff},
-		InitFn:   initialize,
+		Type:   plugins.SnapshotPlugin,
+		ID:     ID,
+		Config: &Config{MountType: snapshotter.DefaultMountType, ResolveUsers: users.ResolveOff},
+		InitFn: initialize,
 	})
 }
 
@@ -96,9 +91,6 @@ func initialize(ic *plugin.InitContext) (any, error) {
 
 	ic.Meta.Platforms = append(ic.Meta.Platforms, platforms.DefaultSpec())
 	ic.Meta.Exports[plugins.SnapshotterRootDir] = root
-	// Makes containerd's CRI put the image's reference and the digests of its
-	// manifest and layers into the labels of a layer.
-	ic.Meta.Exports["enable_remote_snapshot_annotations"] = "true"
 	// As the overlay snapshotter: IDs are mapped by mounts, never by chown.
 	ic.Meta.Capabilities = append(ic.Meta.Capabilities, "only-remap-ids")
 	if snapshotter.SupportsRemapIDs() {
@@ -139,30 +131,11 @@ func initialize(ic *plugin.InitContext) (any, error) {
 		logger.Warn(problem)
 	}
 
-	var blobs content.Provider
-	if store, err := ic.GetSingle(plugins.ContentPlugin); err == nil {
-		blobs, _ = store.(content.Provider) // without one, sizes are unknown
-	}
-	wrapped := m.Wrap(s, blobs)
+	wrapped := m.Wrap(s)
 	if err := m.Register(); err != nil {
 		logger.WithError(err).Warn("the guest-pull snapshotter has no metrics")
 	}
-	if config.ResolveUsers != users.ResolveRegistry {
-		return wrapped, nil
-	}
-	return &instance{
-		Snapshotter:   wrapped,
-		Cleaner:       wrapped.(snapshots.Cleaner),
-		LayerObserver: s.(users.LayerObserver),
-	}, nil
-}
-
-// instance is the plugin of which containerd finds out that it has to be told of
-// pulls.
-type instance struct {
-	snapshots.Snapshotter
-	snapshots.Cleaner
-	users.LayerObserver
+	return wrapped, nil
 }
 
 // missingHelpers says which programs are not found that containerd runs when it

@@ -63,11 +63,10 @@ func TestRegistration(t *testing.T) {
 	s := instance.(snapshots.Snapshotter)
 	t.Cleanup(func() { require.NoError(t, s.Close()) })
 	assert.Implements(t, (*snapshots.Cleaner)(nil), s)
-	_, observes := s.(users.LayerObserver)
-	assert.False(t, observes, "layers are not looked into unless it is configured")
+	assert.Implements(t, (*users.LayerObserver)(nil), s)
 
 	root := ic.Properties[plugins.PropertyRootDir]
-	assert.Equal(t, map[string]string{"root": root, "enable_remote_snapshot_annotations": "true"}, ic.Meta.Exports)
+	assert.Equal(t, map[string]string{"root": root}, ic.Meta.Exports)
 	assert.Equal(t, platforms.DefaultSpec(), ic.Meta.Platforms[0])
 	assert.Contains(t, ic.Meta.Capabilities, "only-remap-ids")
 	assert.Contains(t, ic.Meta.Capabilities, "remote-only")
@@ -83,7 +82,6 @@ func TestRootPathAndUsers(t *testing.T) {
 	t.Cleanup(func() { require.NoError(t, s.Close()) })
 	assert.Equal(t, root, ic.Meta.Exports["root"])
 	assert.FileExists(t, filepath.Join(root, "metadata.db"))
-	assert.Implements(t, (*users.LayerObserver)(nil), s)
 	assert.Implements(t, (*snapshots.Cleaner)(nil), s, "the garbage collector looks for it")
 	entries, err := os.ReadDir(ic.Properties[plugins.PropertyRootDir])
 	require.NoError(t, err)

@@ -141,32 +141,24 @@ func namespace(ctx context.Context) context.Context {
 }
 
 // image is the names of an image's layers and what CRI's unpacker labels them
-// with (containerd, core/unpack/unpacker.go and pkg/snapshotters/annotations.go).
+// with (containerd, core/unpack/unpacker.go).
 type image struct {
 	chain  []string
 	labels []map[string]string
 }
 
-// mostLayers is how many digests fit into a label.
-const mostLayers = 55
-
 func newImage(name string, layers int) image {
 	var i image
-	blobs := make([]string, layers)
-	for l := range layers {
-		blobs[l] = digest.FromString(name + " blob " + strconv.Itoa(l)).String()
-	}
 	for l := range layers {
 		chainID := digest.FromString(name + " chain " + strconv.Itoa(l)).String()
-		i.chain = append(i.chain, chainID)
-		i.labels = append(i.labels, map[string]string{
-			snapshots.LabelSnapshotRef:                   chainID,
-			snapshots.LabelSnapshotDiffID:                digest.FromString(name + " diff " + strconv.Itoa(l)).String(),
-			"containerd.io/snapshot/cri.image-ref":       "registry.example/" + name + ":1",
-			"containerd.io/snapshot/cri.manifest-digest": digest.FromString(name).String(),
-			"containerd.io/snapshot/cri.layer-digest":    blobs[l],
-			"containerd.io/snapshot/cri.image-layers":    strings.Join(blobs[l:min(layers, l+mostLayers)], ","),
-		})
+		labels := map[string]string{
+			snapshots.LabelSnapshotRef:    chainID,
+			snapshots.LabelSnapshotDiffID: digest.FromString(name + " diff " + strconv.Itoa(l)).String(),
+		}
+		if l > 0 {
+			labels["containerd.io/snapshot/parent-chain-id"] = i.chain[l-1]
+		}
+		i.chain, i.labels = append(i.chain, chainID), append(i.labels, labels)
 	}
 	return i
 }
@@ -208,7 +200,7 @@ func prepareLayer(ctx context.Context, sn snapshots.Snapshotter, i image, l int)
 
 // chainPreparer is unpack.ChainPreparer of the patched containerd.
 type chainPreparer interface {
-	PrepareChain(ctx context.Context, keys []string, opts [][]snapshots.Opt) error
+	PrepareChain(ctx context.Context, chain []string, key func(chainID string) string, opts func(i int) []snapshots.Opt) error
 }
 
 // prepareChain prepares all layers of an image at once, as the unpacker does for
@@ -218,13 +210,10 @@ func prepareChain(ctx context.Context, sn snapshots.Snapshotter, i image) error 
 	if !ok {
 		return errors.New("the benchmarks are linked with a containerd that cannot prepare a chain: use `make bench`, or -modfile as in the Makefile")
 	}
-	var keys []string
-	var opts [][]snapshots.Opt
-	for l, chainID := range i.chain {
-		keys = append(keys, fmt.Sprintf(snapshots.UnpackKeyFormat, "bench-"+strconv.Itoa(l), chainID))
-		opts = append(opts, []snapshots.Opt{snapshots.WithLabels(i.labels[l])})
-	}
-	return p.PrepareChain(ctx, keys, opts)
+	key := func(chainID string) string { return fmt.Sprintf(snapshots.UnpackKeyFormat, "bench", chainID) }
+	return p.PrepareChain(ctx, i.chain, key, func(l int) []snapshots.Opt {
+		return []snapshots.Opt{snapshots.WithLabels(i.labels[l])}
+	})
 }
 
 // timeImage measures how long it takes to prepare a new image with a kind of

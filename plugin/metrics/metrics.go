@@ -25,10 +25,10 @@
 //     containerd was about to fetch and unpack, and that were left to the guest.
 //     A layer that containerd has recorded already, for another image or an
 //     earlier pull, is not asked for and not counted again.
-//   - containerd_guest_pull_layer_bytes_total (counter, bytes): the sizes of these
-//     layers as their image's manifest has them, which is compressed: what was not
-//     downloaded. A layer whose client does not name the manifest (a client other
-//     than CRI and the transfer service) is in no byte count.
+//   - containerd_guest_pull_layer_bytes_total (counter, bytes): the sizes of the
+//     layers of each image that was pulled, as its manifest has them, which is
+//     compressed: what a pull did not download. Stock containerd, and clients that
+//     pull by themselves, do not tell of it.
 //   - containerd_guest_pull_refused_extractions_total (counter, requests): requests
 //     that would have put a layer's content on the host, and were refused.
 //   - containerd_guest_pull_container_snapshots (gauge, snapshots), by kind:
@@ -51,17 +51,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"time"
 
-	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
-	snlabels "github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/containerd/containerd/v2/pkg/tracing"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	gometrics "github.com/docker/go-metrics"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/guest-pull/guest-pull-snapshotter/plugin/snapshotter"
@@ -104,7 +104,7 @@ func New() *Metrics {
 	m := &Metrics{
 		ns:         ns,
 		layers:     ns.NewCounter("layers", "image layers that were left to the guest, in layers"),
-		layerBytes: ns.NewCounter("layer_bytes", "sizes (compressed, as in the manifest) of the image layers that were left to the guest, in bytes"),
+		layerBytes: ns.NewCounter("layer_bytes", "sizes (compressed, as in the manifest) of the layers of pulled images, which were left to the guest, in bytes"),
 		refused:    ns.NewCounter("refused_extractions", "requests to put a layer's content on the host that were refused, in requests"),
 		// go-metrics has timers with buckets since the version that containerd 2.4 uses.
 		operations: prometheus.NewHistogramVec(prometheus.HistogramOpts{
@@ -147,27 +147,16 @@ func (m *Metrics) UserLookup(source, result string) {
 	m.userLookups.WithValues(source, result).Inc()
 }
 
-// Wrap returns a snapshotter that does what s does, and counts it. Manifests are
-// read from blobs to know the sizes of layers, one read for an image; nil means
-// that sizes stay unknown. It is called once.
-func (m *Metrics) Wrap(s snapshots.Snapshotter, blobs content.Provider) snapshots.Snapshotter {
+// Wrap returns a snapshotter that does what s does, and counts it. It is called
+// once.
+func (m *Metrics) Wrap(s snapshotter.Snapshotter) snapshotter.Snapshotter {
 	m.ns.Add(newGauge(m.ns, s))
-	w := &wrapper{Snapshotter: s, m: m, sizes: sizes{blobs: blobs}}
-	if c, ok := s.(snapshots.Cleaner); ok {
-		return &cleaner{wrapper: w, cleaner: c}
-	}
-	return w
+	return &wrapper{Snapshotter: s, m: m}
 }
 
 type wrapper struct {
-	snapshots.Snapshotter
-	m     *Metrics
-	sizes sizes
-}
-
-type cleaner struct {
-	*wrapper
-	cleaner snapshots.Cleaner
+	snapshotter.Snapshotter
+	m *Metrics
 }
 
 // observe begins a call and returns what ends it.
@@ -220,18 +209,8 @@ func (w *wrapper) Prepare(ctx context.Context, key, parent string, opts ...snaps
 	done(nil)
 
 	w.m.layers.Inc()
-	fields := log.Fields{"snapshotter": "guest-pull", "key": key, "parent": parent, "chainID": layer}
-	if ref := info.Labels[snlabels.TargetRefLabel]; ref != "" {
-		fields["image"] = ref
-	}
-	size, sizeErr := w.sizes.of(ctx,
-		digest.Digest(info.Labels[snlabels.TargetManifestDigestLabel]),
-		digest.Digest(info.Labels[snlabels.TargetLayerDigestLabel]))
-	if sizeErr == nil {
-		w.m.layerBytes.Inc(float64(size))
-		fields["size"] = size
-	}
-	log.G(ctx).WithFields(fields).Debug("layer is left to the guest")
+	log.G(ctx).WithFields(log.Fields{"snapshotter": "guest-pull", "key": key, "parent": parent, "chainID": layer}).
+		Debug("layer is left to the guest")
 	return mounts, err
 }
 
@@ -291,10 +270,21 @@ func (w *wrapper) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...st
 	return err
 }
 
+// LayersPrepared is called by a patched containerd at the end of each pull.
+func (w *wrapper) LayersPrepared(ctx context.Context, layers []ocispec.Descriptor, diffIDs []digest.Digest,
+	fetch func(context.Context, ocispec.Descriptor) (io.ReadCloser, error),
+) error {
+	for _, l := range layers {
+		// A size is what the image's author says.
+		w.m.layerBytes.Inc(float64(max(l.Size, 0)))
+	}
+	return w.Snapshotter.LayersPrepared(ctx, layers, diffIDs, fetch)
+}
+
 // Cleanup is called by containerd's garbage collector.
-func (c *cleaner) Cleanup(ctx context.Context) error {
-	ctx, done := c.observe(ctx, opCleanup, "", "")
-	err := c.cleaner.Cleanup(ctx)
+func (w *wrapper) Cleanup(ctx context.Context) error {
+	ctx, done := w.observe(ctx, opCleanup, "", "")
+	err := w.Snapshotter.Cleanup(ctx)
 	done(err)
 	return err
 }

@@ -104,7 +104,7 @@ func serve(s snapshots.Snapshotter, socket string) (snapshots.Snapshotter, func(
 
 // newSnapshotter returns a snapshotter on root and checks, at the end of the
 // test, that its directories are those of its snapshots and nothing else.
-func newSnapshotter(t *testing.T, root string, config Config) snapshots.Snapshotter {
+func newSnapshotter(t *testing.T, root string, config Config) Snapshotter {
 	t.Helper()
 	ctx := t.Context()
 	s, err := New(ctx, root, config)

@@ -58,15 +58,23 @@ type snapshotter struct {
 	options   []string
 }
 
+// Snapshotter is what New returns. containerd's garbage collector and, with patches,
+// its pulls ask whether it is more than a snapshots.Snapshotter.
+type Snapshotter interface {
+	snapshots.Snapshotter
+	snapshots.Cleaner
+	users.LayerObserver
+}
+
 // New returns a snapshotter that keeps the snapshots of containers under root,
 // an absolute path, in the layout of the overlay snapshotter. A root that the
-// older guest-pull daemon left can be used. It implements users.LayerObserver.
+// older guest-pull daemon left can be used.
 //
 // Errors of the configuration wrap errdefs.ErrInvalidArgument; all of them are
 // reported at once. It fails as well when root cannot be written, is on a file
 // system without d_type, or holds a database that cannot be read or that another
 // process has open; nothing is changed then.
-func New(ctx context.Context, root string, config Config) (snapshots.Snapshotter, error) {
+func New(ctx context.Context, root string, config Config) (Snapshotter, error) {
 	config = config.withDefaults()
 	if err := errors.Join(validateRoot(root), config.Validate()); err != nil {
 		return nil, err
