@@ -18,6 +18,7 @@ package integration_test
 
 import (
 	"math/rand/v2"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -130,7 +131,7 @@ func TestSandboxerSameImageInEveryOrder(t *testing.T) {
 // Sandboxes of the shim outlive containerd, and containers start in them after it.
 func TestSandboxerRestart(t *testing.T) {
 	ctx := t.Context()
-	n, reg := sandboxerNode(t, harness.Options{DisablePauseImagePull: true})
+	n, reg := sandboxerNode(t, harness.Options{})
 	t.Cleanup(func() { requireNoLayersOnHost(t, reg) })
 	img := push(t, reg, images.Spec{Name: "app", Layers: 3})
 	pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
@@ -163,9 +164,14 @@ func TestSandboxerLosesItsMachine(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			ctx := t.Context()
-			n, reg := sandboxerNode(t, harness.Options{DisablePauseImagePull: true})
+			n, reg := sandboxerNode(t, harness.Options{})
 			if !n.StandIn() {
 				t.Skip("the virtual machine of another runtime than the stand-in is its own affair")
+			}
+			version, err := n.Client.Version(ctx)
+			require.NoError(t, err)
+			if name == "shim" && strings.HasPrefix(version.Version, "v2.3.") {
+				t.Skip("containerd 2.3 does not have the containers of a dead shim cleaned up when the sandbox was the shim's; with a virtual machine there is nothing to clean up")
 			}
 			img := push(t, reg, images.Spec{Name: "app"})
 			pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
@@ -219,5 +225,5 @@ ConfigPath = "/no/such/configuration"
 func TestSandboxerKills(t *testing.T) {
 	rounds := envNumber(t, "GUEST_PULL_KILLS", 20) / 5
 	seed := envNumber(t, "GUEST_PULL_SEED", rand.Uint64())
-	kills(t, harness.Options{Sandboxer: harness.SandboxerShim, DisablePauseImagePull: true}, harness.Guest, rounds, seed)
+	kills(t, harness.Options{Sandboxer: harness.SandboxerShim}, harness.Guest, rounds, seed)
 }
