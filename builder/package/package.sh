@@ -60,10 +60,15 @@ tree() {
 	gzip -9n "$share"/man/man?/*
 	ln -s guest-pull-overlayfs.8.gz "$share/man/man8/nydus-overlayfs-guest-pull.8.gz"
 
-	# The scripts of containerd's contrib/autocomplete ask for an option that ctr
-	# no longer has. ctr writes its own.
-	"$TOOLS/ctr" completion bash >"$share/bash-completion/completions/ctr"
-	"$TOOLS/ctr" completion zsh >"$share/zsh/vendor-completions/_ctr"
+	# ctr writes its own from 2.4 on. It no longer has the option that the scripts of
+	# contrib/autocomplete ask for, which are for those before.
+	if [ "$LINE" = 2.3 ]; then
+		install -m 0644 "$containerd/contrib/autocomplete/ctr" "$share/bash-completion/completions/ctr"
+		install -m 0644 "$containerd/contrib/autocomplete/zsh_autocomplete" "$share/zsh/vendor-completions/_ctr"
+	else
+		"$TOOLS/ctr" completion bash >"$share/bash-completion/completions/ctr"
+		"$TOOLS/ctr" completion zsh >"$share/zsh/vendor-completions/_ctr"
+	fi
 
 	install -m 0644 "$containerd/NOTICE" "$doc/NOTICE"
 	licenses | gzip -9n >"$doc/third-party-licenses.txt.gz"
