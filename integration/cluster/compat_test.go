@@ -141,11 +141,6 @@ func TestUsers(t *testing.T) {
 			runc:     "1234:5678 5678", guest: "1234:5678 5678"},
 		{name: "name", what: "USER by name", user: "app", runc: "1000:1000 1000 2000"},
 	}
-	ids := func(t *testing.T, n *node, pod string) string {
-		t.Helper()
-		return strings.TrimSpace(n.exec(t, pod, "main", "sh", "-c", `echo "$(id -u):$(id -g) $(id -G)"`))
-	}
-
 	for _, resolve := range []string{"off", "registry"} {
 		t.Run(resolve, func(t *testing.T) {
 			n := newNode(t, options{Options: harness.Options{PluginConfig: "resolve_users = '" + resolve + "'"}})
@@ -228,4 +223,10 @@ func TestUsers(t *testing.T) {
 			})
 		})
 	}
+}
+
+// ids are the user, the group and all groups of a pod's container.
+func ids(t *testing.T, n *node, pod string) string {
+	t.Helper()
+	return strings.TrimSpace(n.exec(t, pod, "main", "sh", "-c", `echo "$(id -u):$(id -g) $(id -G)"`))
 }

@@ -24,6 +24,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -159,15 +160,16 @@ func (c *Control) LogTail(lines int) string { return c.api.logTail(lines) }
 
 func (c *Control) join(name string) string { return filepath.Join(c.dir, name) }
 
-// tlsConfig is that of a client of the kubelets.
-func (c *Control) tlsConfig() (*tls.Config, error) {
+// kubeletClient is a client of the kubelets.
+func (c *Control) kubeletClient() (*http.Client, error) {
 	cert, err := tls.LoadX509KeyPair(c.ca.crt("kube-apiserver-kubelet-client"), c.ca.keyFile("kube-apiserver-kubelet-client"))
 	if err != nil {
 		return nil, err
 	}
 	pool := x509.NewCertPool()
 	pool.AddCert(c.ca.cert)
-	return &tls.Config{Certificates: []tls.Certificate{cert}, RootCAs: pool, MinVersion: tls.VersionTLS13}, nil
+	conf := &tls.Config{Certificates: []tls.Certificate{cert}, RootCAs: pool, MinVersion: tls.VersionTLS13}
+	return &http.Client{Transport: &http.Transport{TLSClientConfig: conf}, Timeout: time.Minute}, nil
 }
 
 // freePort finds a port that nobody listens on.

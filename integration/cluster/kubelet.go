@@ -108,11 +108,9 @@ func (c *Control) StartKubelet(ctx context.Context, n *harness.Node, o KubeletOp
 	if k.port, err = freePort(ip); err != nil {
 		return nil, err
 	}
-	tlsConfig, err := c.tlsConfig()
-	if err != nil {
+	if k.client, err = c.kubeletClient(); err != nil {
 		return nil, err
 	}
-	k.client = &http.Client{Transport: &http.Transport{TLSClientConfig: tlsConfig}, Timeout: time.Minute}
 	if err := errors.Join(
 		c.ca.server("kubelet-"+k.Name, ip),
 		makeCgroup(n.CgroupParent()),
@@ -383,13 +381,18 @@ func takeTurn(ctx context.Context) (net.Listener, error) {
 }
 
 func (k *Kubelet) writeKubeconfig() error {
-	return os.WriteFile(k.join("kubeconfig"), fmt.Appendf(nil, `apiVersion: v1
+	return os.WriteFile(k.join("kubeconfig"), []byte(k.control.kubeconfig(k.control.ca.crt("ca"))), 0o600)
+}
+
+// kubeconfig is a kubelet's; ca is the path of the authority's certificate there.
+func (c *Control) kubeconfig(ca string) string {
+	return fmt.Sprintf(`apiVersion: v1
 kind: Config
 current-context: test
 contexts: [{name: test, context: {cluster: test, user: test}}]
 clusters: [{name: test, cluster: {server: %q, certificate-authority: %q}}]
 users: [{name: test, user: {token: %q}}]
-`, k.control.API.url, k.control.ca.crt("ca"), k.control.token), 0o600)
+`, c.API.url, ca, c.token)
 }
 
 // makeCgroup makes a cgroup in each hierarchy; kubelet wants its root to exist.

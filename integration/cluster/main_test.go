@@ -21,8 +21,10 @@ package cluster_test
 import (
 	"context"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -40,8 +42,13 @@ import (
 	"github.com/guest-pull/guest-pull-snapshotter/integration/registry"
 )
 
-// binariesEnv names the directory of etcd, kube-apiserver and kubelet.
-const binariesEnv = "GUEST_PULL_KUBERNETES"
+const (
+	// binariesEnv names the directory of etcd, kube-apiserver and kubelet.
+	binariesEnv = "GUEST_PULL_KUBERNETES"
+	// gatesEnv are feature gates of kubelet's that are not as by default, as its
+	// flag takes them: "A=true,B=false".
+	gatesEnv = "GUEST_PULL_FEATURE_GATES"
+)
 
 // control is the control plane of all tests. Each test has a node of its own.
 var control *cluster.Control
@@ -77,6 +84,8 @@ func testMain(m *testing.M) int {
 type node struct {
 	*cluster.Kubelet
 	reg *registry.Registry
+	// blobs says which of these digests are in the content store.
+	blobs func(digests ...string) []string
 	// interrupted: containerd was, and leaves what it also leaves without this
 	// project; see [harness.Interruptions].
 	interrupted bool
@@ -107,9 +116,16 @@ func newNode(t *testing.T, o options) *node {
 	case !o.stock && len(hn.Patches()) == 0:
 		t.Skip("containerd has no patches, without which it cannot do this; what it does instead is in the tests of stock containerd")
 	}
+	if gates := featureGates(t); len(gates) > 0 {
+		o.kubelet.Config = maps.Clone(o.kubelet.Config)
+		if o.kubelet.Config == nil {
+			o.kubelet.Config = map[string]any{}
+		}
+		o.kubelet.Config["featureGates"] = gates
+	}
 	k, err := control.StartKubelet(t.Context(), hn, o.kubelet)
 	require.NoError(t, err)
-	n := &node{Kubelet: k, reg: reg}
+	n := &node{Kubelet: k, reg: reg, blobs: hn.Blobs}
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 		defer cancel()
@@ -134,6 +150,19 @@ func newNode(t *testing.T, o options) *node {
 		}
 	})
 	return n
+}
+
+func featureGates(t *testing.T) map[string]bool {
+	t.Helper()
+	gates := map[string]bool{}
+	for pair := range strings.SplitSeq(os.Getenv(gatesEnv), ",") {
+		if name, value, ok := strings.Cut(pair, "="); ok {
+			v, err := strconv.ParseBool(value)
+			require.NoError(t, err, gatesEnv)
+			gates[name] = v
+		}
+	}
+	return gates
 }
 
 func newRegistry(t *testing.T, o ...registry.Option) *registry.Registry {
@@ -225,8 +254,8 @@ func (n *node) run(t *testing.T, p *corev1.Pod) *corev1.Pod {
 }
 
 // podTimeout is how long a pod may take for what it does at once on an idle
-// machine.
-const podTimeout = 2 * time.Minute
+// machine. It is longer for a machine that is emulated.
+var podTimeout = 2 * time.Minute
 
 func (n *node) wait(t *testing.T, name, what string, done func(*corev1.Pod) bool) *corev1.Pod {
 	t.Helper()
@@ -342,7 +371,7 @@ func (n *node) requireOnlyInGuest(t *testing.T, img image) {
 	require.ElementsMatch(t, img.Layers, n.reg.Log().By(registry.Guest).Of(registry.Layer).OK().In(img.Name).References(),
 		"layers that the guest fetched")
 	require.Empty(t, n.reg.Log().By(registry.Host).Of(registry.Layer).In(img.Name), "layers that the host asked for")
-	require.Empty(t, n.Node.Blobs(img.Layers...), "layers in the content store")
+	require.Empty(t, n.blobs(img.Layers...), "layers in the content store")
 	require.Contains(t, n.snapshots(t, harness.Snapshotter), img.Chain[len(img.Chain)-1])
 	require.NotContains(t, n.snapshots(t, "overlayfs"), img.Chain[len(img.Chain)-1])
 }

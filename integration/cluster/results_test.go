@@ -27,6 +27,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
 	"github.com/guest-pull/guest-pull-snapshotter/integration/cluster"
@@ -45,6 +46,8 @@ type table struct {
 	containerd string
 	patches    []string
 	runtime    string
+	// Those of a machine; "" stands for this machine's.
+	runc, linux string
 }
 
 type row struct {
@@ -60,10 +63,11 @@ const (
 	stability      = "Stability"
 	authentication = "Authentication"
 	housekeeping   = "Housekeeping"
+	wholeNode      = "A whole node"
 	stock          = "Stock containerd"
 )
 
-var parts = []string{functional, compatibility, stability, authentication, housekeeping, stock}
+var parts = []string{functional, compatibility, stability, authentication, housekeeping, wholeNode, stock}
 
 // record makes the test a row of the table: "part: what".
 func record(t *testing.T, part, what string) {
@@ -102,6 +106,18 @@ func (r *table) see(n *harness.Node) {
 	}
 }
 
+// seeMachine notes the versions of a machine.
+func (r *table) seeMachine(t *testing.T, n *machineNode) {
+	t.Helper()
+	_, patches, _ := strings.Cut(n.sh(t, "containerd guest-pull version"), "\npatches:\n")
+	lines := strings.Split(n.sh(t, "containerd --version | cut -d' ' -f3; runc --version | sed -n 's/^runc version //p'; uname -r"), "\n")
+	require.Len(t, lines, 4)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.patches, r.runtime = strings.Fields(patches), harness.StandIn
+	r.containerd, r.runc, r.linux = lines[0], lines[1], lines[2]
+}
+
 // report prints the table and writes it to the file that resultsEnv names.
 func (r *table) report(ctx context.Context, bin cluster.Binaries) error {
 	r.mu.Lock()
@@ -117,14 +133,18 @@ func (r *table) report(ctx context.Context, bin cluster.Binaries) error {
 	if err != nil {
 		return err
 	}
-	var uname unix.Utsname
-	if err := unix.Uname(&uname); err != nil {
-		return err
-	}
-	runc := "unknown"
-	if out, err := exec.CommandContext(ctx, "runc", "--version").Output(); err == nil {
-		first, _, _ := strings.Cut(string(out), "\n")
-		runc = strings.TrimPrefix(first, "runc version ")
+	runc, linux := r.runc, r.linux
+	if linux == "" {
+		var uname unix.Utsname
+		if err := unix.Uname(&uname); err != nil {
+			return err
+		}
+		linux = unix.ByteSliceToString(uname.Release[:])
+		runc = "unknown"
+		if out, err := exec.CommandContext(ctx, "runc", "--version").Output(); err == nil {
+			first, _, _ := strings.Cut(string(out), "\n")
+			runc = strings.TrimPrefix(first, "runc version ")
+		}
 	}
 	patches := "no patches"
 	if len(r.patches) > 0 {
@@ -132,8 +152,16 @@ func (r *table) report(ctx context.Context, bin cluster.Binaries) error {
 	}
 
 	var b strings.Builder
-	fmt.Fprintf(&b, "Kubernetes %s (kubelet and kube-apiserver, default feature gates), etcd %s, containerd %s with %s, runtime %s, runc %s, Linux %s.\n\n",
-		versions["kubelet"], versions["etcd"], strings.TrimPrefix(r.containerd, "v"), patches, r.runtime, runc, unix.ByteSliceToString(uname.Release[:]))
+	kubernetes := versions["kubelet"] + " (kubelet and kube-apiserver"
+	if api := versions["kube-apiserver"]; api != versions["kubelet"] {
+		kubernetes = versions["kubelet"] + " (kubelet; kube-apiserver " + api
+	}
+	gates := "default feature gates"
+	if g := os.Getenv(gatesEnv); g != "" {
+		gates = "feature gates " + g
+	}
+	fmt.Fprintf(&b, "Kubernetes %s, %s), etcd %s, containerd %s with %s, runtime %s, runc %s, Linux %s.\n\n",
+		kubernetes, gates, versions["etcd"], strings.TrimPrefix(r.containerd, "v"), patches, r.runtime, runc, linux)
 	fmt.Fprintf(&b, "| part | case | result | time |\n|---|---|---|---|\n")
 	slices.SortStableFunc(r.rows, func(a, b *row) int {
 		return slices.Index(parts, a.part) - slices.Index(parts, b.part)

@@ -177,11 +177,52 @@ func (n *Node) eachNamespace(ctx context.Context, f func(context.Context) error)
 	return errors.Join(errs...)
 }
 
-// Leftovers lists what an empty node must not have, one line each: pods,
-// containers, tasks, images, snapshots, content, leases; directories of them on
-// disk, sockets, mounts, processes and cgroups. It is nil for a node that is as
-// it was when it was new. Containerd has to be running.
+// Leftovers lists what an empty node must not have, one line each: the
+// [Node.Objects]; directories of them on disk, sockets, mounts, processes and
+// cgroups. It is nil for a node that is as it was when it was new. Containerd has to
+// be running.
 func (n *Node) Leftovers(ctx context.Context) ([]string, error) {
+	found, err := n.Objects(ctx)
+	if err != nil {
+		return nil, err
+	}
+	report := func(format string, args ...any) { found = append(found, fmt.Sprintf(format, args...)) }
+	for _, pattern := range []string{
+		n.join("root", "io.containerd.content.v1.content", "blobs", "*", "*"),
+		n.join("root", "io.containerd.content.v1.content", "ingest", "*"),
+		n.join("root", "io.containerd.grpc.v1.cri", "*", "*"),
+		n.join("state", "io.containerd.grpc.v1.cri", "*", "*"),
+		n.join("root", "io.containerd.runtime.v2.task", "*", "*"),
+		n.join("state", "io.containerd.runtime.v2.task", "*", "*"),
+		n.join("root", "io.containerd.snapshotter.v1.*", "snapshots", "*"),
+		n.join("runc", "*", "*"),
+		n.join("s", "*"),
+		n.join("tmp", "*"),
+	} {
+		paths, err := filepath.Glob(pattern)
+		if err != nil {
+			return nil, err
+		}
+		for _, p := range paths {
+			report("file %s", p)
+		}
+	}
+	mounts, err := n.mounts()
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range mounts {
+		report("mount %s (%s)", m.Mountpoint, m.FSType)
+	}
+	for _, p := range n.processes() {
+		report("process %s", p)
+	}
+	return found, nil
+}
+
+// Objects lists what containerd says that it has, one line each: pods, containers,
+// images, snapshots, content, leases.
+func (n *Node) Objects(ctx context.Context) ([]string, error) {
 	var found []string
 	report := func(format string, args ...any) { found = append(found, fmt.Sprintf(format, args...)) }
 
@@ -241,41 +282,7 @@ func (n *Node) Leftovers(ctx context.Context) ([]string, error) {
 			return nil
 		})
 	})
-	if err != nil {
-		return nil, err
-	}
-
-	for _, pattern := range []string{
-		n.join("root", "io.containerd.content.v1.content", "blobs", "*", "*"),
-		n.join("root", "io.containerd.content.v1.content", "ingest", "*"),
-		n.join("root", "io.containerd.grpc.v1.cri", "*", "*"),
-		n.join("state", "io.containerd.grpc.v1.cri", "*", "*"),
-		n.join("root", "io.containerd.runtime.v2.task", "*", "*"),
-		n.join("state", "io.containerd.runtime.v2.task", "*", "*"),
-		n.join("root", "io.containerd.snapshotter.v1.*", "snapshots", "*"),
-		n.join("runc", "*", "*"),
-		n.join("s", "*"),
-		n.join("tmp", "*"),
-	} {
-		paths, err := filepath.Glob(pattern)
-		if err != nil {
-			return nil, err
-		}
-		for _, p := range paths {
-			report("file %s", p)
-		}
-	}
-	mounts, err := n.mounts()
-	if err != nil {
-		return nil, err
-	}
-	for _, m := range mounts {
-		report("mount %s (%s)", m.Mountpoint, m.FSType)
-	}
-	for _, p := range n.processes() {
-		report("process %s", p)
-	}
-	return found, nil
+	return found, err
 }
 
 // CheckEmpty is nil when the node has no [Node.Leftovers]. What is removed in

@@ -21,6 +21,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -81,7 +82,7 @@ func Start(ctx context.Context, o Options) (*Node, error) {
 		return nil, err
 	}
 	if o.Registry != nil && o.PauseImage == "" {
-		if o.PauseImage, err = pushPause(o.Registry); err != nil {
+		if o.PauseImage, err = PushPause(o.Registry); err != nil {
 			return nil, err
 		}
 	}
@@ -106,20 +107,7 @@ func Start(ctx context.Context, o Options) (*Node, error) {
 	if err := errors.Join(os.Mkdir(n.shims(), 0o700), writeConfig(n.paths, bin, o)); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
-	// Dials when it is first used, and again after each restart.
-	n.conn, err = grpc.NewClient("unix://"+n.socket(),
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16<<20)),
-		// A test that restarts containerd must not wait for a back-off that
-		// grew while it was down.
-		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second}),
-	)
-	if err == nil {
-		n.Runtime = runtimeapi.NewRuntimeServiceClient(n.conn)
-		n.Images = runtimeapi.NewImageServiceClient(n.conn)
-		n.Client, err = containerd.NewWithConn(n.conn)
-	}
-	if err == nil {
+	if err = n.connect("unix://"+n.socket(), time.Second); err == nil {
 		err = n.Up(ctx)
 	}
 	if err != nil {
@@ -128,7 +116,40 @@ func Start(ctx context.Context, o Options) (*Node, error) {
 	return n, nil
 }
 
-func pushPause(r *registry.Registry) (string, error) {
+// connect makes the clients. They dial when they are first used, and again after each
+// restart.
+func (n *Node) connect(target string, timeout time.Duration, o ...grpc.DialOption) (err error) {
+	n.conn, err = grpc.NewClient(target, append([]grpc.DialOption{
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16 << 20)),
+		// A test that restarts containerd must not wait for a back-off that
+		// grew while it was down.
+		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: timeout}),
+	}, o...)...)
+	if err != nil {
+		return err
+	}
+	n.Runtime = runtimeapi.NewRuntimeServiceClient(n.conn)
+	n.Images = runtimeapi.NewImageServiceClient(n.conn)
+	n.Client, err = containerd.NewWithConn(n.conn)
+	return err
+}
+
+// Remote returns a node whose containerd somebody else runs, on another machine, and
+// that is reached through dial. Of its methods those work that ask containerd, and
+// Disconnect.
+func Remote(dial func(context.Context) (net.Conn, error)) (*Node, error) {
+	n := &Node{}
+	return n, n.connect("passthrough:///containerd", 30*time.Second,
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return dial(ctx) }))
+}
+
+// Disconnect ends the connection to a Remote node.
+func (n *Node) Disconnect() error { return errors.Join(n.Client.Close(), n.conn.Close()) }
+
+// PushPause puts an image for sandboxes into a registry, as pause:1, and returns its
+// reference.
+func PushPause(r *registry.Registry) (string, error) {
 	pause, err := images.Pause()
 	if err != nil {
 		return "", err

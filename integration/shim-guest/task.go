@@ -256,5 +256,6 @@ func config(r *taskAPI.CreateTaskRequest) (guest.Config, *options.Options, error
 	if runcOptions.Root == "" {
 		runcOptions.Root = cfg.RuncRoot
 	}
+	runcOptions.SystemdCgroup = runcOptions.SystemdCgroup || cfg.SystemdCgroup
 	return cfg, runcOptions, nil
 }

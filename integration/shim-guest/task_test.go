@@ -69,6 +69,11 @@ func TestConfigOfARequest(t *testing.T) {
 	assert.Equal(t, guest.FlavourRust, cfg.Flavour)
 	assert.Empty(t, cfg.RecordDir, "one file wins over the other, and is not merged with it")
 	assert.Empty(t, o.Root)
+	assert.False(t, o.SystemdCgroup)
+
+	_, o, err = config(request(&runtimeoptions.Options{ConfigPath: file("systemd.json", `{"systemd_cgroup":true}`)}))
+	require.NoError(t, err)
+	assert.True(t, o.SystemdCgroup)
 
 	_, _, err = config(request(&runtimeoptions.Options{}))
 	require.NoError(t, err)

@@ -58,6 +58,10 @@ type Config struct {
 	// containerd of the machine.
 	RuncRoot string `json:"runc_root,omitempty"`
 
+	// SystemdCgroup makes runc ask systemd for the containers' cgroups, as the
+	// option SystemdCgroup of the runc shim does.
+	SystemdCgroup bool `json:"systemd_cgroup,omitempty"`
+
 	// PullTimeout bounds the pull of one image, unpacking included. Zero is
 	// five minutes. In JSON it is a string as time.ParseDuration reads it.
 	PullTimeout Duration `json:"pull_timeout,omitempty"`

@@ -35,7 +35,7 @@ func TestLoadConfig(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "guest.json")
 	write := func(s string) { require.NoError(t, os.WriteFile(path, []byte(s), 0o600)) }
 
-	write(`{"flavour":"rust","record_dir":"/r","runc_root":"/runc","pull_timeout":"1m30s","ca_file":"/ca","ignore_chain_id":true,
+	write(`{"flavour":"rust","record_dir":"/r","runc_root":"/runc","pull_timeout":"1m30s","ca_file":"/ca","ignore_chain_id":true,"systemd_cgroup":true,
 		"registries":{"localhost:5000":{"username":"u","password":"p","plain_http":true}}}`)
 	c, err = LoadConfig(path)
 	require.NoError(t, err)
@@ -46,6 +46,7 @@ func TestLoadConfig(t *testing.T) {
 		PullTimeout:   Duration(90 * time.Second),
 		CAFile:        "/ca",
 		IgnoreChainID: true,
+		SystemdCgroup: true,
 		Registries:    map[string]Registry{"localhost:5000": {Username: "u", Password: "p", PlainHTTP: true}},
 	}, c)
 
