@@ -245,6 +245,21 @@ else
 endif
 .PHONY: e2e-kubernetes
 
+# The latest patch of each minor version of kubelet that is supported, and gates that
+# change what kubelet asks of containerd.
+KUBELETS ?= v1.34.4 v1.35.4 v1.36.3 $(KUBERNETES_VERSION) \
+	$(KUBERNETES_VERSION):RuntimeClassInImageCriApi=true $(KUBERNETES_VERSION):KubeletEnsureSecretPulledImages=true
+
+kubelets: deps build test-tools kubernetes ## run the most important cases with each of these kubelets (an hour, the first time); the table goes to README.md
+	@mkdir -p $(BUILD_DIR)/kubelets
+	GUEST_PULL_CONTAINERD=$(abspath $(BIN)) GUEST_PULL_KUBERNETES=$(abspath $(KUBERNETES)) \
+		integration/kubernetes/versions.sh $(KUBELETS) >$(BUILD_DIR)/kubelets/table.md; \
+		status=$$?; cat $(BUILD_DIR)/kubelets/table.md; exit $$status
+ifeq ($(origin KUBELETS),file)
+	@sed -i -e '/^<!-- kubelets -->$$/,/^<!-- \/kubelets -->$$/{//!d}' -e '/^<!-- kubelets -->$$/r $(BUILD_DIR)/kubelets/table.md' README.md
+endif
+.PHONY: kubelets
+
 # A Debian for a virtual machine, with a kernel, whose initial RAM disk has what
 # QEMU's needs, and what containerd's package depends on.
 MACHINE_ROOT := $(BUILD_DIR)/machine-bookworm
