@@ -247,7 +247,7 @@ func TestSharedLayers(t *testing.T) {
 	requireRuns(t, c, two)
 }
 
-// The user, environment, command and volumes of an image come from its config,
+// The user, environment and command of an image come from its config,
 // which the host does have.
 func TestImageConfig(t *testing.T) {
 	n, reg := newNode(t, harness.Options{})
@@ -257,8 +257,6 @@ func TestImageConfig(t *testing.T) {
 		User:    "1000:1000",
 		Env:     []string{"GREETING=hello from configured"},
 		Cmd:     []string{"/bin/sh", "-c", `trap "exit 0" TERM; echo "$GREETING"; id; pwd; tail -f /dev/null & wait`},
-		Volumes: []string{"/data-volume"},
-
 		WorkingDir: "/tmp",
 	})
 	pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
@@ -267,9 +265,6 @@ func TestImageConfig(t *testing.T) {
 	logs, err := c.WaitLogs(t.Context(), "/tmp\n")
 	require.NoError(t, err)
 	require.Contains(t, logs, "uid=1000")
-	out, err := c.Exec(t.Context(), "ls", "-d", "/data-volume")
-	require.NoError(t, err)
-	require.Equal(t, "/data-volume\n", out)
 }
 
 // Preparing a layer and looking it up are two calls of containerd's metadata
