@@ -17,6 +17,8 @@
 package integration_test
 
 import (
+	"encoding/json"
+	"math"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -24,6 +26,7 @@ import (
 
 	"github.com/guest-pull/guest-pull-snapshotter/integration/harness"
 	"github.com/guest-pull/guest-pull-snapshotter/integration/images"
+	"github.com/guest-pull/guest-pull-snapshotter/integration/registry"
 )
 
 // A pod's annotation that has the name of the unpacker's label is an annotation:
@@ -53,4 +56,88 @@ func TestPodIsNoLayer(t *testing.T) {
 	info, err := n.Client.SnapshotService(harness.Snapshotter).Stat(harness.CRI(t.Context()), img.ChainID)
 	require.NoError(t, err)
 	require.Equal(t, img.chain(t)[0], info.Parent)
+}
+
+// rewritten pushes an image whose layers are described in another way.
+func rewritten(t *testing.T, reg *registry.Registry, img image, as string, edit func(i int, layer map[string]any)) image {
+	t.Helper()
+	raw, err := img.RawManifest()
+	require.NoError(t, err)
+	var m map[string]any
+	require.NoError(t, json.Unmarshal(raw, &m))
+	for i, l := range m["layers"].([]any) {
+		edit(i, l.(map[string]any))
+	}
+	raw, err = json.Marshal(m)
+	require.NoError(t, err)
+	mediaType, err := img.MediaType()
+	require.NoError(t, err)
+	for _, ref := range []string{digest.FromBytes(raw).String(), "1"} {
+		require.NoError(t, reg.PutManifest(as, ref, string(mediaType), raw))
+	}
+	img.Name, img.Ref = as, reg.Ref(as+":1")
+	return img
+}
+
+// Annotations of an image's layers become labels of their records. None of them says
+// which layer it is, on top of what, or which image the guest is told of.
+func TestHostileAnnotations(t *testing.T) {
+	other := digest.FromString("another image").String()
+	for _, path := range pullPaths[:2] {
+		t.Run(path.name, func(t *testing.T) {
+			n, reg := newNode(t, path.options)
+			app := push(t, reg, images.Spec{Name: "app", Layers: 3})
+			img := rewritten(t, reg, app, "annotated", func(_ int, layer map[string]any) {
+				layer["annotations"] = map[string]string{
+					"containerd.io/snapshot.ref":                     other,
+					"containerd.io/snapshot/diff-id":                 other,
+					"containerd.io/snapshot/parent-chain-id":         other,
+					"containerd.io/snapshot/uidmapping":              "0:1000:1",
+					"containerd.io/snapshot/guest-pull.chain-id":     other,
+					"containerd.io/snapshot/cri.manifest-digest":     other,
+					"containerd.io/snapshot/cri.layer-digest":        other,
+					"containerd.io/gc.ref.snapshot.guest-pull/other": other,
+				}
+			})
+			pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
+			c := run(t, pod, harness.ContainerSpec{Image: img.Ref})
+			requireRuns(t, c, app)
+			requireInGuest(t, n, reg, c, img)
+			chain := img.chain(t)
+			for i, id := range chain {
+				info, err := n.Client.SnapshotService(harness.Snapshotter).Stat(harness.CRI(t.Context()), id)
+				require.NoError(t, err)
+				require.Equal(t, id, info.Labels["containerd.io/snapshot.ref"])
+				if i > 0 {
+					require.Equal(t, chain[i-1], info.Parent)
+				}
+			}
+			mounts, err := n.Mounts(t.Context(), c.ID)
+			require.NoError(t, err)
+			for key, value := range decodeVolume(t, mounts[0].Options).ImagePull.Metadata {
+				require.NotEqual(t, other, value, key)
+			}
+		})
+	}
+}
+
+// The sizes of layers are what an image's author writes. What is made of them stays
+// a number that something can be done with.
+func TestClaimedSizes(t *testing.T) {
+	n, reg := newNode(t, harness.Options{})
+	img := push(t, reg, images.Spec{Name: "app", Layers: 3})
+	sizes := []int64{-5, math.MaxInt64, math.MaxInt64}
+	img = rewritten(t, reg, img, "claims", func(i int, layer map[string]any) { layer["size"] = sizes[i] })
+
+	pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
+	_, err := pod.Pull(t.Context(), img.Ref)
+	require.NoError(t, err)
+	found := false
+	for _, i := range status(t, n).Images {
+		require.GreaterOrEqual(t, i.BytesOffHost, int64(0))
+		require.LessOrEqual(t, i.BytesOffHost, int64(2<<40))
+		found = found || i.Name == img.Ref
+	}
+	require.True(t, found)
+	require.GreaterOrEqual(t, status(t, n).BytesOffHost, int64(0))
 }

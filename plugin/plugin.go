@@ -64,13 +64,16 @@ type Config struct {
 	// image out of its layers when it is pulled. This streams layers through
 	// the host's memory.
 	ResolveUsers string `toml:"resolve_users"`
+
+	// ResolveUsersConcurrency is how many images are read at once for that.
+	ResolveUsersConcurrency int `toml:"resolve_users_concurrency"`
 }
 
 func init() {
 	registry.Register(&plugin.Registration{
 		Type:   plugins.SnapshotPlugin,
 		ID:     ID,
-		Config: &Config{MountType: snapshotter.DefaultMountType, ResolveUsers: users.ResolveOff},
+		Config: &Config{MountType: snapshotter.DefaultMountType, ResolveUsers: users.ResolveOff, ResolveUsersConcurrency: users.DefaultConcurrency},
 		InitFn: initialize,
 	})
 }
@@ -108,10 +111,11 @@ func initialize(ic *plugin.InitContext) (any, error) {
 		MountOptions: config.MountOptions,
 		SyncRemove:   config.SyncRemove,
 		Users: users.Config{
-			Users:   config.Users,
-			Groups:  config.Groups,
-			Resolve: config.ResolveUsers,
-			Observe: func(result string) { m.UserLookup(users.ResolveRegistry, result) },
+			Users:       config.Users,
+			Groups:      config.Groups,
+			Resolve:     config.ResolveUsers,
+			Concurrency: config.ResolveUsersConcurrency,
+			Observe:     func(result string) { m.UserLookup(users.ResolveRegistry, result) },
 		},
 	})
 	if err != nil {

@@ -55,7 +55,7 @@ func initContext(t *testing.T, config any) *plugin.InitContext {
 // usage is measured, that layers are labelled, and how IDs are mapped.
 func TestRegistration(t *testing.T) {
 	r := registration(t)
-	assert.Equal(t, &Config{MountType: snapshotter.DefaultMountType, ResolveUsers: "off"}, r.Config)
+	assert.Equal(t, &Config{MountType: snapshotter.DefaultMountType, ResolveUsers: "off", ResolveUsersConcurrency: 2}, r.Config)
 
 	ic := initContext(t, r.Config)
 	instance, err := r.InitFn(ic)

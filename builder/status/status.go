@@ -178,6 +178,10 @@ func (s *Status) plugins(ctx context.Context, c *containerd.Client) (others []st
 	return others, nil
 }
 
+// maxSize is the size in bytes up to which a manifest is believed what it says of a
+// layer. Sums of it do not overflow.
+const maxSize = 1 << 40
+
 // node is what namespaces share.
 type node struct {
 	client   *containerd.Client
@@ -270,9 +274,10 @@ func (n *node) image(ctx context.Context, i images.Image, mine map[string]snapsh
 		if unpacked || n.content[layer.Digest] {
 			continue
 		}
+		size := min(max(layer.Size, 0), maxSize) // is what the image's author says
 		img.LayersOffHost++
-		img.BytesOffHost += layer.Size
-		n.offHost[layer.Digest] = layer.Size
+		img.BytesOffHost += size
+		n.offHost[layer.Digest] = size
 	}
 	img.GuestOnly = len(img.Snapshotters) == 0 && img.LayersOffHost > 0
 	return img, true, nil

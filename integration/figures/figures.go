@@ -44,6 +44,7 @@ const (
 	Cuts        Figure = "power cuts survived"
 	Faults      Figure = "faults injected"
 	BadInputs   Figure = "bad inputs tried"
+	Hostile     Figure = "hostile images read"
 	Upstream    Figure = "upstream cases passed"
 	Critest     Figure = "critest cases passed"
 	Kubelets    Figure = "kubelet versions and gates"
@@ -53,7 +54,7 @@ const (
 	SecretsSeen Figure = "secrets found in logs, labels, annotations and mounts"
 )
 
-var order = []Figure{Kills, Cuts, Faults, BadInputs, Upstream, Critest, Kubelets, Shapes, GuestPulls, LayerBytes, SecretsSeen}
+var order = []Figure{Kills, Cuts, Faults, BadInputs, Hostile, Upstream, Critest, Kubelets, Shapes, GuestPulls, LayerBytes, SecretsSeen}
 
 // Add adds n to a figure. It is safe for concurrent use, by several processes
 // too. An n of 0 says that there was something to count.

@@ -107,7 +107,7 @@ var (
 )
 
 func fuzz(dir string, t target, each time.Duration) (int64, error) {
-	cmd := exec.Command("go", "test", "-run=^$", "-fuzz=^"+t.name+"$", "-fuzztime="+each.String(), t.pkg)
+	cmd := exec.Command("go", "test", "-run=^$", "-fuzz=^"+t.name+"$", "-fuzztime="+each.String(), "-fuzzminimizetime=10x", t.pkg)
 	var out bytes.Buffer
 	cmd.Dir = dir
 	cmd.Stdout = io.MultiWriter(&out, os.Stdout)

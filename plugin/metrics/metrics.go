@@ -41,7 +41,8 @@
 //   - containerd_guest_pull_user_lookups_total (counter, images), by source and
 //     result: pulled images whose users and groups were looked up. The source is
 //     "registry"; the result is "read", "known" already, "unusable" (the image has
-//     none that can be used), or "failed".
+//     none that can be used), "refused" (the runtime handler has
+//     disable_layer_fetch), or "failed".
 //
 // Spans are made through containerd's pkg/tracing, one for each call, and named
 // "snapshotter.guest-pull." and the operation.
@@ -119,7 +120,7 @@ func New() *Metrics {
 	}
 	ns.Add(m.operations)
 	// A counter that is there before it counts is seen to rise from zero.
-	for _, result := range []string{"read", "known", "unusable", "failed"} {
+	for _, result := range []string{"read", "known", "unusable", "refused", "failed"} {
 		m.userLookups.WithValues(users.ResolveRegistry, result)
 	}
 	return m
@@ -275,8 +276,8 @@ func (w *wrapper) LayersPrepared(ctx context.Context, layers []ocispec.Descripto
 	fetch func(context.Context, ocispec.Descriptor) (io.ReadCloser, error),
 ) error {
 	for _, l := range layers {
-		// A size is what the image's author says.
-		w.m.layerBytes.Inc(float64(max(l.Size, 0)))
+		// A size is what the image's author says. No layer has a tebibyte.
+		w.m.layerBytes.Inc(float64(min(max(l.Size, 0), 1<<40)))
 	}
 	return w.Snapshotter.LayersPrepared(ctx, layers, diffIDs, fetch)
 }

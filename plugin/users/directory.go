@@ -24,6 +24,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 )
 
 func directoryName(chain string) string { return strings.ReplaceAll(chain, ":", "-") }
@@ -31,26 +32,64 @@ func directoryName(chain string) string { return strings.ReplaceAll(chain, ":", 
 // Directory returns the directory for containers of an image. The image has to be in use already, or Cleanup may remove
 // the directory.
 func (u *Images) Directory(chain string) (string, error) {
-	files, name, err := u.files(chain)
+	name, err := u.name(chain)
 	if err != nil {
 		return "", fmt.Errorf("users of the image with chain ID %s: %w", chain, err)
 	}
 	dir := filepath.Join(u.root, name)
 	u.mu.RLock()
-	ok := hasFiles(dir, files)
+	ok := u.isIntact(name)
 	u.mu.RUnlock()
 	if ok {
 		return dir, nil
 	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if hasFiles(dir, files) {
+	if u.isIntact(name) {
 		return dir, nil
 	}
-	if err := makeDirectory(dir, files); err != nil {
-		return "", fmt.Errorf("make a directory for the users of the image with chain ID %s: %w", chain, err)
+	files, err := u.files(chain, name)
+	if err != nil {
+		return "", fmt.Errorf("users of the image with chain ID %s: %w", chain, err)
 	}
+	if !hasFiles(dir, files) {
+		if err := makeDirectory(dir, files); err != nil {
+			return "", fmt.Errorf("make a directory for the users of the image with chain ID %s: %w", chain, err)
+		}
+	}
+	u.intact[name] = look(dir)
 	return dir, nil
+}
+
+// fingerprint is what changes with a directory's files. The files can have
+// megabytes, and are compared once for a fingerprint, not for each container.
+type fingerprint struct {
+	etc, passwd, group stamp
+}
+
+// stamp is the zero value for what is not there.
+type stamp struct {
+	inode                 uint64
+	size                  int64
+	mode                  uint32
+	modified, changed     int64
+	modifiedNs, changedNs int64
+}
+
+func look(dir string) fingerprint {
+	at := func(elem ...string) (s stamp) {
+		if info, err := os.Lstat(filepath.Join(append([]string{dir, "etc"}, elem...)...)); err == nil {
+			st := info.Sys().(*syscall.Stat_t)
+			s = stamp{st.Ino, st.Size, st.Mode, st.Mtim.Sec, st.Ctim.Sec, st.Mtim.Nsec, st.Ctim.Nsec}
+		}
+		return s
+	}
+	return fingerprint{at(), at("passwd"), at("group")}
+}
+
+func (u *Images) isIntact(name string) bool {
+	seen, ok := u.intact[name]
+	return ok && seen == look(filepath.Join(u.root, name))
 }
 
 // hasFiles tells whether a directory is as it has to be. Comparing the content
@@ -126,6 +165,7 @@ func (u *Images) Cleanup(inUse func(func(chain string)) error) error {
 	var errs []error
 	for _, e := range entries {
 		if !needed[e.Name()] {
+			delete(u.intact, e.Name())
 			errs = append(errs, os.RemoveAll(filepath.Join(u.root, e.Name())))
 		}
 	}

@@ -24,6 +24,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
 )
@@ -50,22 +51,38 @@ type Config struct {
 	// pulled: ResolveOff, which "" means too, or ResolveRegistry.
 	Resolve string
 
+	// Concurrency is how many images are read at once; 0 means
+	// DefaultConcurrency. Each may take a hundred megabytes of memory, if
+	// somebody makes an image for that.
+	Concurrency int
+
 	// Observe, unless nil, is called for each pulled image when Resolve is on:
-	// "read", "known" already, "unusable", or "failed".
+	// "read", "known" already, "unusable", "refused" by the configuration of the
+	// pull's runtime handler, or "failed".
 	Observe func(result string)
 }
 
 // Validate reports all that is wrong with a configuration. Each error names the
 // key, the value and what is accepted, and wraps errdefs.ErrInvalidArgument.
 func (c Config) Validate() error {
-	var err error
+	var errs []error
 	switch c.Resolve {
 	case "", ResolveOff, ResolveRegistry:
 	default:
-		err = fmt.Errorf("resolve_users = %q: want %q or %q: %w", c.Resolve, ResolveOff, ResolveRegistry, errdefs.ErrInvalidArgument)
+		errs = append(errs, fmt.Errorf("resolve_users = %q: want %q or %q: %w", c.Resolve, ResolveOff, ResolveRegistry, errdefs.ErrInvalidArgument))
 	}
-	_, listErr := Static(c.Users, c.Groups)
-	return errors.Join(err, listErr)
+	if c.Concurrency < 0 {
+		errs = append(errs, fmt.Errorf("resolve_users_concurrency = %d: want how many images may be read at once, 1 or more: %w", c.Concurrency, errdefs.ErrInvalidArgument))
+	}
+	_, err := Static(c.Users, c.Groups)
+	return errors.Join(append(errs, err)...)
+}
+
+func (c Config) concurrency() int {
+	if c.Concurrency == 0 {
+		return DefaultConcurrency
+	}
+	return c.Concurrency
 }
 
 // Images gives containers the users and groups of their images: as the lowest
@@ -83,10 +100,14 @@ type Images struct {
 	// observe counts how pulled images fare; see Config.Observe.
 	observe func(result string)
 
-	mu sync.RWMutex // guards the directories
+	mu     sync.RWMutex // guards the directories
+	intact map[string]fingerprint
 
-	readMu  sync.Mutex
-	reading map[string]chan struct{} // closed when the image has been read
+	queue     *queue
+	maxShared time.Duration
+	readMu    sync.Mutex
+	reading   map[string]chan struct{} // closed when the image has been read
+	refused   map[string]time.Time
 }
 
 // staticUsers is the name of the directory for images of which nothing is known.
@@ -100,7 +121,7 @@ func New(ctx context.Context, root string, config Config) (*Images, error) {
 	if err := config.Validate(); err != nil {
 		return nil, err
 	}
-	u := &Images{root: filepath.Join(root, "users"), reading: map[string]chan struct{}{}, observe: config.Observe}
+	u := &Images{root: filepath.Join(root, "users"), observe: config.Observe, intact: map[string]fingerprint{}}
 	if u.observe == nil {
 		u.observe = func(string) {}
 	}
@@ -108,6 +129,8 @@ func New(ctx context.Context, root string, config Config) (*Images, error) {
 	if u.static, err = Static(config.Users, config.Groups); err != nil {
 		return nil, err
 	}
+	u.queue, u.maxShared = newQueue(config.concurrency()), maxShared
+	u.reading, u.refused = map[string]chan struct{}{}, map[string]time.Time{}
 	path := filepath.Join(root, "users.db")
 	if config.Resolve != ResolveRegistry {
 		// What was read when the option was set is not used without it.
@@ -144,17 +167,29 @@ func (u *Images) Forget(chain string) error {
 	return u.known.remove(chain)
 }
 
-// files returns what is known for containers of an image, and the name of the
-// directory for it. Of an image of which nothing is known there are root and the list.
-func (u *Images) files(chain string) (Files, string, error) {
+// name returns the name of the directory for containers of an image. Of one of which
+// nothing is known there are root and the list.
+func (u *Images) name(chain string) (string, error) {
 	if u.known != nil {
-		files, ok, err := u.known.get(chain)
+		known, _, err := u.known.state(chain, "")
 		if err != nil {
-			return Files{}, "", err
+			return "", err
 		}
-		if ok {
-			return files, directoryName(chain), nil
+		if known {
+			return directoryName(chain), nil
 		}
 	}
-	return u.static, staticUsers, nil
+	return staticUsers, nil
+}
+
+// files returns what is in such a directory.
+func (u *Images) files(chain, name string) (Files, error) {
+	if name == staticUsers {
+		return u.static, nil
+	}
+	files, known, err := u.known.get(chain)
+	if err == nil && !known {
+		err = fmt.Errorf("they were just forgotten, with the image: %w", errdefs.ErrNotFound)
+	}
+	return files, err
 }

@@ -34,13 +34,16 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// read fetches a layer, takes from it what is wanted, and verifies it.
-func (r *reader) read(ctx context.Context, l *layerView) error {
+// readLayer fetches a layer, takes from it what is wanted, and verifies it.
+func (r *reader) readLayer(ctx context.Context, l *layerView) error {
 	if l.scans++; l.scans > maxScans {
-		return unusable("links lead back to this layer too often")
+		return beyond("links lead back to this layer too often", maxScans, "readings of a layer")
 	}
 	if strings.HasSuffix(l.Descriptor.MediaType, "+encrypted") {
 		return unusable("the layer is encrypted")
+	}
+	if err := r.budget.fetch(l.Descriptor.Size); err != nil {
+		return err
 	}
 	compressed, err := newVerifier("digest", l.Descriptor.Digest)
 	if err != nil {
@@ -59,17 +62,21 @@ func (r *reader) read(ctx context.Context, l *layerView) error {
 	if l.scans == 1 {
 		r.stats.Layers++
 	}
-	raw := &source{ctx: ctx, r: blob, v: compressed, n: &r.stats.Bytes, left: l.Descriptor.Size}
+	raw := &source{ctx: ctx, r: blob, v: compressed, b: &r.budget, left: l.Descriptor.Size}
 	r.gen++
-	r.kept -= l.kept
+	r.files -= l.kept
 	l.root, l.kept = nil, 0
-	kept := r.kept
+	kept := r.files
 	root, readErr := r.readTar(raw, uncompressed)
-	l.kept = r.kept - kept
+	l.kept = r.files - kept
 	if raw.err == nil {
 		// Compressed data can be followed by more. And as long as it is not
 		// certain that this is the layer, nothing in it is the image's fault.
 		_, _ = io.Copy(io.Discard, raw) // raw keeps the error
+	}
+	r.stats.Bytes = r.fetched
+	if err := context.Cause(ctx); err != nil {
+		return err
 	}
 	if raw.err != nil {
 		return raw.err
@@ -88,15 +95,20 @@ func (r *reader) read(ctx context.Context, l *layerView) error {
 }
 
 // readTar decompresses a layer and reads it to its end.
+//
+// The archive is read by archive/tar. What unpacks archives safely as well
+// (google/safearchive, containerd's pkg/archive) keeps them from writing outside a
+// directory, which nothing here does, and does not bound what it spends.
 func (r *reader) readTar(raw io.Reader, uncompressed *verifier) (*node, error) {
 	stream, err := decompress(raw)
 	if err != nil {
 		return nil, err
 	}
 	defer stream.Close()
-	tee := io.TeeReader(stream, uncompressed)
+	r.tree = 0
 	t := &tree{reader: r, start: r.gen, root: &node{}}
-	for entries := tar.NewReader(tee); ; {
+	whole := &unpacked{r: stream, v: uncompressed, b: &r.budget}
+	for entries := tar.NewReader(whole); ; {
 		header, err := entries.Next()
 		if errors.Is(err, io.EOF) {
 			break
@@ -108,10 +120,26 @@ func (r *reader) readTar(raw io.Reader, uncompressed *verifier) (*node, error) {
 			return nil, malformed(err)
 		}
 	}
-	if _, err := io.Copy(io.Discard, tee); err != nil {
+	if _, err := io.Copy(io.Discard, whole); err != nil {
 		return nil, malformed(err)
 	}
 	return t.root.prune(&r.wanted), nil
+}
+
+// unpacked is a layer as it was before it was compressed.
+type unpacked struct {
+	r io.Reader
+	v *verifier
+	b *budget
+}
+
+func (u *unpacked) Read(p []byte) (int, error) {
+	n, err := u.r.Read(p[:min(len(p), 64<<10)]) // a look at the context after each
+	u.v.Write(p[:n])                            // never fails
+	if spent := u.b.unpack(n); spent != nil {
+		return n, spent
+	}
+	return n, err
 }
 
 // malformed is for errors of what reads the layer. An error of the layer's
@@ -119,6 +147,9 @@ func (r *reader) readTar(raw io.Reader, uncompressed *verifier) (*node, error) {
 func malformed(err error) error {
 	if isUnusable(err) {
 		return err
+	}
+	if errors.Is(err, zstd.ErrWindowSizeExceeded) {
+		return beyond("the layer is compressed with too large a window", maxWindow, "bytes")
 	}
 	return unusable(fmt.Sprintf("the layer cannot be read: %v", err))
 }
@@ -129,7 +160,7 @@ type source struct {
 	ctx  context.Context
 	r    io.Reader
 	v    *verifier
-	n    *int64
+	b    *budget
 	left int64 // of the size that the descriptor gives
 	err  error
 }
@@ -138,13 +169,13 @@ func (s *source) Read(p []byte) (int, error) {
 	if s.err != nil {
 		return 0, s.err
 	}
-	if err := s.ctx.Err(); err != nil {
+	if err := context.Cause(s.ctx); err != nil {
 		s.err = err
 		return 0, err
 	}
 	n, err := s.r.Read(p)
 	s.v.Write(p[:n]) // never fails
-	*s.n += int64(n)
+	s.b.fetched += int64(n)
 	if s.left -= int64(n); s.left < 0 {
 		err = fmt.Errorf("the layer that was fetched is larger than its descriptor says: %w", errdefs.ErrDataLoss)
 	}
@@ -192,7 +223,7 @@ func decompress(r io.Reader) (io.ReadCloser, error) {
 		return z, nil
 	case bytes.Equal(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}),
 		len(magic) == 4 && magic[0]&0xf0 == 0x50 && bytes.Equal(magic[1:], []byte{0x2a, 0x4d, 0x18}): // a skippable frame
-		z, err := zstd.NewReader(buffered, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(128<<20))
+		z, err := zstd.NewReader(buffered, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
 			return nil, malformed(err)
 		}
@@ -204,28 +235,56 @@ func decompress(r io.Reader) (io.ReadCloser, error) {
 // tree is the root directory of a layer while the layer is being unpacked. Of
 // all files it has only the wanted ones, the directories above them, and all
 // symbolic links, as files can be unpacked through these.
+//
+// Nothing in it may be a part of a string of the archive's: a short name would keep
+// the header alive that it is cut from, which can have a megabyte.
 type tree struct {
-	reader   *reader
-	start    int // the reading's number
-	root     *node
-	symlinks int
+	*reader
+	start int // the reading's number
+	root  *node
 }
 
-// place is a path in a tree with its links resolved.
+// place is a path in a tree with its links resolved: a name in the directory that
+// the last step of the trail is.
 type place struct {
-	parent *node   // nil if the tree has no directory there
-	wanted *wanted // nil if nothing there is wanted
-	dir    []string
-	name   string
+	trail []step // valid until the next place is located
+	name  string // "" is the root itself
 }
 
-func (p place) String() string { return path.Join(append(p.dir[:len(p.dir):len(p.dir)], p.name)...) }
+// step is a directory on the way to a place.
+type step struct {
+	name   string
+	node   *node   // nil if the tree has no directory there
+	wanted *wanted // nil if nothing there is wanted
+}
+
+func (p place) dir() step { return p.trail[len(p.trail)-1] }
+
+func (p place) isWanted() bool {
+	w := p.dir().wanted
+	return w != nil && w.children[p.name] != nil
+}
+
+// String returns the path, without a slash in front.
+func (p place) String() string {
+	names := make([]string, 0, len(p.trail))
+	for _, s := range p.trail[1:] {
+		names = append(names, s.name)
+	}
+	return strings.Join(append(names, p.name), "/")
+}
 
 const whiteoutPrefix = ".wh."
 
 // apply does to the tree what containerd does for an entry when it unpacks a
 // layer for overlayfs.
 func (t *tree) apply(h *tar.Header, content io.Reader) error {
+	if err := t.entry(); err != nil {
+		return err
+	}
+	if err := t.budget.step(len(h.PAXRecords)); err != nil {
+		return err
+	}
 	if h.Typeflag == tar.TypeXGlobalHeader {
 		return nil
 	}
@@ -234,11 +293,11 @@ func (t *tree) apply(h *tar.Header, content io.Reader) error {
 		return err
 	}
 	if p.name == "" {
-		return nil // the root itself
+		return nil
 	}
 	if p.name == whiteoutPrefix+whiteoutPrefix+".opq" {
-		if p.parent != nil {
-			p.parent.opaque = true
+		if dir := p.dir().node; dir != nil {
+			dir.opaque = true
 		}
 		return nil
 	}
@@ -249,8 +308,16 @@ func (t *tree) apply(h *tar.Header, content io.Reader) error {
 		}
 		p.name = name
 		n.kind = whiteout
-	} else if n, err = t.node(h, p, content); err != nil {
-		return err
+	} else {
+		if n, err = t.node(h, p, content); err != nil {
+			return err
+		}
+		if h.Typeflag == tar.TypeLink {
+			// Its target was located since.
+			if p, err = t.locate(h.Name, true); err != nil {
+				return err
+			}
+		}
 	}
 	return t.put(p, n)
 }
@@ -261,26 +328,27 @@ func (t *tree) node(h *tar.Header, p place, content io.Reader) (*node, error) {
 	case tar.TypeDir:
 		return &node{kind: directory, opaque: h.PAXRecords["SCHILY.xattr.trusted.overlay.opaque"] == "y"}, nil
 	case tar.TypeReg:
-		if !p.isWanted() {
+		switch {
+		case !p.isWanted():
 			return &node{kind: regular}, nil
-		}
-		// The header's size is not what counts: a sparse file is larger.
-		data, err := io.ReadAll(io.LimitReader(content, MaxFileSize+1))
-		if err != nil {
-			return nil, err
-		}
-		if len(data) > MaxFileSize {
+		case h.Size > MaxFileSize:
 			return &node{kind: tooLarge}, nil
 		}
-		if t.reader.kept += len(data); t.reader.kept > maxKept {
-			return nil, unusable("there are too many files that could be the image's users")
+		// What is not in the archive costs as well: a sparse file is larger than
+		// what is there of it.
+		if err := errors.Join(t.keep(int(h.Size)), t.unpack(int(h.Size))); err != nil {
+			return nil, err
+		}
+		data := make([]byte, h.Size)
+		if _, err := io.ReadFull(content, data); err != nil {
+			return nil, fmt.Errorf("entry %q: %w", h.Name, err)
 		}
 		return &node{kind: regular, data: data}, nil
 	case tar.TypeSymlink:
-		if t.symlinks += len(h.Name) + len(h.Linkname) + 64; t.symlinks > maxSymlink {
-			return nil, unusable("the layer has too many symbolic links")
+		if len(h.Linkname) > maxPath {
+			return nil, beyond(fmt.Sprintf("the symbolic link %.64q... has too long a target", h.Name), maxPath, "bytes")
 		}
-		return &node{kind: symlink, target: h.Linkname}, nil
+		return &node{kind: symlink, target: strings.Clone(h.Linkname)}, t.grow(len(h.Linkname))
 	case tar.TypeLink:
 		if !p.isWanted() {
 			return &node{kind: special}, nil
@@ -304,45 +372,50 @@ func (t *tree) link(h *tar.Header) (*node, error) {
 	if err != nil {
 		return nil, err
 	}
-	if p.parent != nil {
-		if n := p.parent.children[p.name]; n != nil && n.kind != directory {
+	dir := p.dir()
+	if dir.node != nil {
+		if n := dir.node.children[p.name]; n != nil && n.kind != directory {
 			return n, nil
 		}
 	}
-	if p.wanted != nil {
-		if w := p.wanted.children[p.name]; w != nil && w.gen <= t.start {
+	if dir.wanted != nil {
+		if w := dir.wanted.children[p.name]; w != nil && w.gen <= t.start {
 			return nil, fmt.Errorf("entry %q is a hard link to %q, which is not there", h.Name, h.Linkname)
 		}
 	}
-	return &node{kind: hardlink, target: p.String()}, nil
+	target := p.String()
+	return &node{kind: hardlink, target: target}, t.grow(len(target))
 }
 
 // put replaces what is at a place. Directories are merged.
 func (t *tree) put(p place, n *node) error {
+	dir := p.dir().node
 	if !p.isWanted() && n.kind != symlink {
-		if p.parent == nil {
+		if dir == nil {
 			return nil
 		}
-		if old := p.parent.children[p.name]; old != nil && (old.kind != directory || n.kind != directory) {
-			delete(p.parent.children, p.name)
+		if old := dir.children[p.name]; old != nil && (old.kind != directory || n.kind != directory) {
+			delete(dir.children, p.name)
 		}
 		return nil
 	}
-	if p.parent == nil {
+	if dir == nil {
 		// A link in a directory that is not in the tree.
-		p.parent = t.root
-		for _, c := range p.dir {
-			p.parent = p.parent.subdirectory(c)
+		dir = t.root
+		for _, s := range p.trail[1:] {
+			var err error
+			if dir, err = t.subdirectory(dir, s.name); err != nil {
+				return err
+			}
 		}
 	}
-	if old := p.parent.children[p.name]; old != nil && old.kind == directory && n.kind == directory {
+	if old := dir.children[p.name]; old != nil && old.kind == directory && n.kind == directory {
 		old.opaque = old.opaque || n.opaque
 		return nil
 	}
-	if p.parent.children == nil {
-		p.parent.children = map[string]*node{}
+	if err := t.add(dir, p.name, n); err != nil {
+		return err
 	}
-	p.parent.children[p.name] = n
 	if n.kind == symlink && p.isWanted() {
 		// What it leads to often comes later in the same layer.
 		return t.wantTarget(p, n.target)
@@ -354,10 +427,10 @@ func (t *tree) put(p place, n *node) error {
 // its target. It is a guess that saves reading the layer again; the target may
 // be behind other links.
 func (t *tree) wantTarget(p place, target string) error {
-	dir := split(path.Join("/", strings.Join(p.dir, "/"), target))
-	if strings.HasPrefix(target, "/") {
-		dir = split(path.Clean(target))
+	if !strings.HasPrefix(target, "/") {
+		target = path.Dir("/"+p.String()) + "/" + target
 	}
+	dir := split(path.Clean(target))
 	if len(dir) > 32 {
 		return nil
 	}
@@ -371,94 +444,102 @@ func (t *tree) wantTarget(p place, target string) error {
 			below(next, append(to[:len(to):len(to)], c))
 		}
 	}
-	below(p.wanted.children[p.name], dir)
+	below(p.dir().wanted.children[p.name], dir)
 	for _, to := range paths {
-		if err := t.reader.want(to); err != nil {
+		if err := t.want(to); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (p place) isWanted() bool { return p.wanted != nil && p.wanted.children[p.name] != nil }
-
 // locate finds where a name is in the tree: its last component is not resolved,
 // links among the others are. With create, directories on the way come into
 // being, as they do when containerd unpacks a layer.
 func (t *tree) locate(name string, create bool) (place, error) {
-	pending := split(path.Clean("/" + name))
-	if len(pending) == 0 {
-		return place{parent: t.root, wanted: &t.reader.wanted}, nil
+	if len(name) > maxPath {
+		return place{}, beyond(fmt.Sprintf("the layer has the entry %.64q..., whose path is too long", name), maxPath, "bytes")
 	}
-	last := pending[len(pending)-1]
-	pending = pending[:len(pending)-1]
-
-	p := place{parent: t.root, wanted: &t.reader.wanted, name: last}
-	for links := 0; len(pending) > 0; {
-		c := pending[0]
-		pending = pending[1:]
+	dirs, last := path.Split(path.Clean("/" + name))
+	// A step for each directory. The same memory serves all entries.
+	trail := append(t.trail[:0], step{node: t.root, wanted: &t.wanted})
+	defer func() { t.trail = trail }()
+	links := 0
+	for todo := (todo{dirs}); ; {
+		c, ok := todo.next()
+		if !ok {
+			return place{trail, last}, nil
+		}
+		if err := t.budget.step(1); err != nil {
+			return place{}, err
+		}
 		switch c {
 		case ".":
 			continue
 		case "..":
-			p = t.at(p.dir[:max(len(p.dir)-1, 0)], last)
+			trail = trail[:max(len(trail)-1, 1)]
 			continue
 		}
-		var child *node
-		if p.parent != nil {
-			child = p.parent.children[c]
+		dir := trail[len(trail)-1]
+		s := step{name: c}
+		if dir.node != nil {
+			s.node = dir.node.children[c]
 		}
-		if child != nil && child.kind == symlink {
+		if s.node != nil && s.node.kind == symlink {
 			if links++; links > maxLinks {
-				return place{}, unusable(fmt.Sprintf("the layer has an entry %q behind too many symbolic links", name))
+				return place{}, beyond(fmt.Sprintf("the layer has an entry %q behind too many symbolic links", name), maxLinks, "links")
 			}
-			if strings.HasPrefix(child.target, "/") {
-				p = t.at(nil, last)
+			if strings.HasPrefix(s.node.target, "/") {
+				trail = trail[:1]
 			}
-			pending = append(split(child.target), pending...)
+			todo = append(todo, s.node.target)
 			continue
 		}
-		if child != nil && child.kind == whiteout && create {
+		if s.node != nil && s.node.kind == whiteout && create {
 			// The directory is a new one, not the one below.
-			*child = node{kind: directory, opaque: true}
+			*s.node = node{kind: directory, opaque: true}
 		}
-		if child != nil && child.kind != directory {
+		if s.node != nil && s.node.kind != directory {
 			return place{}, fmt.Errorf("entry %q is below a file that is no directory", name)
 		}
-		w := p.wanted
-		if w != nil {
-			w = w.children[c]
+		if dir.wanted != nil {
+			s.wanted = dir.wanted.children[c]
 		}
-		if child == nil && w != nil && p.parent != nil && create {
-			child = p.parent.subdirectory(c)
+		if s.node == nil && s.wanted != nil && dir.node != nil && create {
+			var err error
+			if s.node, err = t.subdirectory(dir.node, c); err != nil {
+				return place{}, err
+			}
 		}
-		p = place{parent: child, wanted: w, dir: append(p.dir[:len(p.dir):len(p.dir)], c), name: last}
+		if len(trail) > maxDepth {
+			return place{}, beyond(fmt.Sprintf("the layer has the entry %.64q..., which is too deep", name), maxDepth, "directories")
+		}
+		trail = append(trail, s)
 	}
-	return p, nil
 }
 
-// at returns the place of a name in a directory that has no links in its path.
-func (t *tree) at(dir []string, name string) place {
-	p := place{parent: t.root, wanted: &t.reader.wanted, dir: dir, name: name}
-	for _, c := range dir {
-		if p.parent != nil {
-			p.parent = p.parent.children[c]
-		}
-		if p.wanted != nil {
-			p.wanted = p.wanted.children[c]
-		}
+// subdirectory returns a directory in another one, which may have to be made.
+func (t *tree) subdirectory(dir *node, name string) (*node, error) {
+	if n := dir.children[name]; n != nil {
+		return n, nil
 	}
-	return p
+	n := &node{kind: directory}
+	return n, t.add(dir, name, n)
 }
 
-func (n *node) subdirectory(name string) *node {
-	if n.children[name] == nil {
-		if n.children == nil {
-			n.children = map[string]*node{}
+// add puts a file into a directory.
+func (t *tree) add(dir *node, name string, n *node) error {
+	if dir.children[name] == nil {
+		if err := t.grow(nodeSize + len(name)); err != nil {
+			return err
 		}
-		n.children[name] = &node{kind: directory}
+		name = strings.Clone(name)
 	}
-	return n.children[name]
+	if dir.children == nil {
+		dir.children = map[string]*node{}
+	}
+	dir.children[name] = n
+	return nil
 }
 
 // prune drops what is not wanted.

@@ -18,8 +18,12 @@ package users
 
 import (
 	"context"
+	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"math"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -47,6 +51,32 @@ type LayerObserver interface {
 
 var _ LayerObserver = (*Images)(nil)
 
+// image is an image that is being pulled.
+type image struct {
+	chain  string
+	stored string // what the chain ID does not say: which bytes its layers are stored as
+	layers []Layer
+	size   int64 // of all of them, as the manifest says
+}
+
+func newImage(descs []ocispec.Descriptor, diffIDs []digest.Digest) (*image, error) {
+	i := &image{chain: identity.ChainID(diffIDs).String(), layers: make([]Layer, len(descs))}
+	if len(descs) != len(diffIDs) {
+		return nil, fmt.Errorf("users of the image with chain ID %s: there are %d layers and %d diff IDs: %w",
+			i.chain, len(descs), len(diffIDs), errdefs.ErrInvalidArgument)
+	}
+	stored := sha256.New()
+	for k, desc := range descs {
+		fmt.Fprintf(stored, "%q %s %d\n", desc.MediaType, desc.Digest, desc.Size)
+		i.layers[k] = Layer{Descriptor: desc, DiffID: diffIDs[k]}
+		i.size += min(max(desc.Size, 0), math.MaxInt64-i.size)
+	}
+	i.stored = fmt.Sprintf("%x", stored.Sum(nil))
+	return i, nil
+}
+
+func (i *image) key() string { return i.chain + " " + i.stored }
+
 // LayersPrepared reads the users and groups of an image that was left to the
 // guest, unless they are known. That the image has none that can be used is not
 // an error: containers that need them are told when they are created.
@@ -56,56 +86,69 @@ func (u *Images) LayersPrepared(ctx context.Context, descs []ocispec.Descriptor,
 	if u.known == nil || len(diffIDs) == 0 {
 		return nil
 	}
-	chain := identity.ChainID(diffIDs).String()
-	done, err := u.lock(ctx, chain)
+	img, err := newImage(descs, diffIDs)
 	if err != nil {
 		return err
 	}
+	result, err := u.read(ctx, img, fetch)
+	if err != nil {
+		u.observe("failed")
+		return fmt.Errorf("the users and groups of the image with chain ID %s, as resolve_users = %q says: %w", img.chain, ResolveRegistry, err)
+	}
+	u.observe(result)
+	return nil
+}
+
+// read makes the image's users known, or known to be unusable. It says what came
+// of it in the words of Config.Observe.
+//
+// What it finds out is kept only if it is certain. The files are certain for all
+// images with this chain ID, as their layers were held against the diff IDs.
+// That they are unusable is certain for these bytes only: whoever knows the diff IDs
+// of somebody's image can make another one with the same chain ID and no users. An
+// error of the registry, or of ours, is certain for nothing.
+func (u *Images) read(ctx context.Context, img *image, fetch Fetch) (string, error) {
+	done, err := u.share(ctx, img)
+	if err != nil {
+		return "", err
+	}
 	defer done()
-	if _, ok, err := u.known.get(chain); err != nil || ok {
-		if ok {
-			u.observe("known")
-		}
-		return err
+	switch known, unusable, err := u.known.state(img.chain, img.stored); {
+	case err != nil:
+		return "", err
+	case known:
+		return "known", nil
+	case unusable:
+		return "unusable", nil
 	}
 
-	if len(descs) != len(diffIDs) {
-		return fmt.Errorf("users of the image with chain ID %s: there are %d layers and %d diff IDs: %w",
-			chain, len(descs), len(diffIDs), errdefs.ErrInvalidArgument)
+	ctx, turn, done, err := u.queue.take(ctx)
+	if err != nil {
+		return "", err
 	}
-	layers := make([]Layer, len(descs))
-	var size int64
-	for i, desc := range descs {
-		layers[i] = Layer{Descriptor: desc, DiffID: diffIDs[i]}
-		size += desc.Size
-	}
-
-	start := time.Now()
-	files, stats, err := Read(ctx, layers, fetch)
+	defer done()
+	files, stats, err := Read(ctx, img.layers, turn.counted(fetch))
 	logger := log.G(ctx).WithFields(log.Fields{
-		"chainID": chain, "layers": len(layers), "layersRead": stats.Layers,
-		"size": size, "bytesRead": stats.Bytes, "duration": time.Since(start).Round(time.Microsecond),
+		"chainID": img.chain, "layers": len(img.layers), "layersRead": stats.Layers,
+		"size": img.size, "bytesRead": stats.Bytes, "duration": time.Since(turn.start).Round(time.Microsecond),
 	})
 	switch {
-	case errdefs.IsFailedPrecondition(err):
-		u.observe("unusable")
+	case errors.Is(err, errRefused):
+		logger.WithError(err).Warn("the layers of a guest-pulled image may not be read for its users and groups")
+		u.refuse(img)
+		return "refused", nil
+	case isUnusable(err):
 		logger.WithError(err).Warn("the users and groups of a guest-pulled image are not known to the host: " +
 			"names do not work as its user, use numbers or list the names in the snapshotter's users")
-		if err := u.known.putUnusable(chain, err.Error()); err != nil {
-			return fmt.Errorf("keep that the users of the image with chain ID %s cannot be read: %w", chain, err)
-		}
-		return nil
+		return "unusable", u.known.putUnusable(img.chain, img.stored, err.Error())
 	case err != nil:
-		u.observe("failed")
-		return fmt.Errorf("read the users and groups of the image with chain ID %s, as resolve_users = %q says: %w", chain, ResolveRegistry, err)
+		return "", err
 	}
-	if err := u.known.put(chain, files); err != nil {
-		u.observe("failed")
-		return fmt.Errorf("keep the users and groups of the image with chain ID %s: %w", chain, err)
+	if err := u.known.put(img.chain, files); err != nil {
+		return "", err
 	}
-	u.observe("read")
 	logger.Info("read the users and groups of a guest-pulled image")
-	return nil
+	return "read", nil
 }
 
 // NeedsLayers tells that the users of an image were not read yet: the option was
@@ -115,23 +158,46 @@ func (u *Images) NeedsLayers(_ context.Context, chainID string) (bool, error) {
 	if u.known == nil {
 		return false, nil
 	}
-	found, err := u.known.has(chainID)
-	return !found, err
+	found, err := u.known.wasRead(chainID)
+	return !found && !u.wasRefused(chainID), err
 }
 
-// lock makes sure that an image is read once, however often it is pulled at the
-// same time.
-func (u *Images) lock(ctx context.Context, chain string) (unlock func(), _ error) {
+// refusedFor is how long it is remembered that a fetch was refused by the node's
+// configuration (disable_layer_fetch): for the container that the pull was for.
+// Others may have a runtime handler for which it would not be.
+const refusedFor = time.Minute
+
+func (u *Images) refuse(img *image) {
+	u.readMu.Lock()
+	defer u.readMu.Unlock()
+	maps.DeleteFunc(u.refused, func(_ string, at time.Time) bool { return time.Since(at) > refusedFor })
+	u.refused[img.chain] = time.Now()
+}
+
+func (u *Images) wasRefused(chain string) bool {
+	u.readMu.Lock()
+	defer u.readMu.Unlock()
+	at, ok := u.refused[chain]
+	return ok && time.Since(at) <= refusedFor
+}
+
+// share makes sure that an image is read once, however often it is pulled at the
+// same time: it waits for another pull that reads the same bytes, but not for ever,
+// as that one's registry may be slower than this one's.
+func (u *Images) share(ctx context.Context, img *image) (done func(), _ error) {
+	key := img.key()
+	enough := time.NewTimer(u.maxShared)
+	defer enough.Stop()
 	for {
 		u.readMu.Lock()
-		other, ok := u.reading[chain]
+		other, ok := u.reading[key]
 		if !ok {
 			mine := make(chan struct{})
-			u.reading[chain] = mine
+			u.reading[key] = mine
 			u.readMu.Unlock()
 			return func() {
 				u.readMu.Lock()
-				delete(u.reading, chain)
+				delete(u.reading, key)
 				u.readMu.Unlock()
 				close(mine)
 			}, nil
@@ -139,8 +205,10 @@ func (u *Images) lock(ctx context.Context, chain string) (unlock func(), _ error
 		u.readMu.Unlock()
 		select {
 		case <-other:
+		case <-enough.C:
+			return func() {}, nil
 		case <-ctx.Done():
-			return nil, ctx.Err()
+			return nil, context.Cause(ctx)
 		}
 	}
 }

@@ -50,19 +50,6 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// MaxFileSize is the size in bytes up to which a file is accepted. containerd
-// reads no larger ones (pkg/oci/spec_opts.go, maxUserFileBytes).
-const MaxFileSize = 10 << 20
-
-// Limits on what a made-up image can cost.
-const (
-	maxScans   = 8               // readings of one layer
-	maxLinks   = 255             // links on the way to one file, as in containerd's fsview
-	maxWanted  = 1024            // paths that are looked at, in all layers
-	maxKept    = 4 * MaxFileSize // bytes of files that are kept, of all layers
-	maxSymlink = 64 << 20        // bytes of symbolic links' names and targets, in one layer
-)
-
 // Files are the contents of the two files. One that the image does not have is
 // nil; an empty one is not.
 type Files struct {
@@ -97,35 +84,44 @@ type Stats struct {
 // Read returns the files of the image with these layers, the lowest first.
 //
 // An error wraps
-//   - errdefs.ErrFailedPrecondition when it lies in the image, and another
-//     attempt gives the same: a layer that is needed is encrypted or in an
-//     unknown format, a file is larger than MaxFileSize or no regular file,
-//     links go round in circles;
+//   - ErrUnusable when it lies in the image, and another attempt gives the same:
+//     a layer that is needed is encrypted or in an unknown format, a file is
+//     larger than MaxFileSize or no regular file, links go round in circles, or a
+//     limit is crossed, which the error names;
 //   - errdefs.ErrDataLoss when a layer is not what its digest or its diff ID
 //     says;
-//   - the error of fetch, or of what it returned.
+//   - the error of fetch, or of what it returned;
+//   - the cause of the context's end, which is noticed within milliseconds.
 //
 // Stats are valid with an error too.
 func Read(ctx context.Context, layers []Layer, fetch Fetch) (Files, Stats, error) {
-	r := &reader{layers: make([]*layerView, len(layers)), fetch: fetch}
+	r := newReader(ctx, layers, fetch)
+	files, err := r.read(ctx)
+	return files, r.stats, err
+}
+
+func newReader(ctx context.Context, layers []Layer, fetch Fetch) *reader {
+	r := &reader{layers: make([]*layerView, len(layers)), fetch: fetch, budget: budget{ctx: ctx, free: freeRatio}}
 	for i := range layers {
 		// Top first, from here on.
 		r.layers[i] = &layerView{Layer: layers[len(layers)-1-i]}
 	}
+	return r
+}
+
+func (r *reader) read(ctx context.Context) (files Files, err error) {
 	for _, name := range []string{passwd, group} {
 		if err := r.want(split(name)); err != nil {
-			return Files{}, r.stats, err
+			return Files{}, err
 		}
 	}
-	var files Files
-	var err error
 	if files.Passwd, err = r.file(ctx, passwd); err != nil {
-		return Files{}, r.stats, err
+		return Files{}, err
 	}
 	if files.Group, err = r.file(ctx, group); err != nil {
-		return Files{}, r.stats, err
+		return Files{}, err
 	}
-	return files, r.stats, nil
+	return files, nil
 }
 
 const (
@@ -139,10 +135,11 @@ type reader struct {
 	fetch  Fetch
 	stats  Stats
 
+	budget
 	wanted wanted // the paths to learn about, and the directories above them
 	paths  int    // the number of paths in wanted
-	kept   int    // bytes of files that are kept
 	gen    int    // counts up with every reading of a layer
+	trail  []step // of the last path that was looked up in a layer
 }
 
 // wanted is a tree of path components.
@@ -183,18 +180,21 @@ type node struct {
 
 // want adds a path to those that the readings from now on keep.
 func (r *reader) want(path []string) error {
+	if err := r.step(len(path)); err != nil {
+		return err
+	}
 	w := &r.wanted
 	for _, c := range path {
 		next := w.children[c]
 		if next == nil {
 			if r.paths++; r.paths > maxWanted {
-				return unusable("the way to the file goes through too many links")
+				return beyond("the way to the file goes through too many links", maxWanted, "path components on the way")
 			}
 			next = &wanted{gen: r.gen + 1}
 			if w.children == nil {
 				w.children = map[string]*wanted{}
 			}
-			w.children[c] = next
+			w.children[strings.Clone(c)] = next
 		}
 		w = next
 	}
@@ -230,7 +230,7 @@ func (r *reader) file(ctx context.Context, name string) ([]byte, error) {
 			return nil, fmt.Errorf("/%s of the image: %w", name, err)
 		}
 		l := r.layers[need.layer]
-		if err := r.read(ctx, l); err != nil {
+		if err := r.readLayer(ctx, l); err != nil {
 			return nil, fmt.Errorf("look for /%s of the image in layer %s: %w", name, l.Descriptor.Digest, err)
 		}
 	}
@@ -245,12 +245,17 @@ type need struct {
 
 // resolve looks a file up in what is known of the layers.
 func (r *reader) resolve(name string) ([]byte, *need, error) {
-	pending := split(name)
+	todo := todo{name}
 	var path []string // of directories, links resolved
 	links := 0
-	for len(pending) > 0 {
-		c := pending[0]
-		pending = pending[1:]
+	for {
+		c, ok := todo.next()
+		if !ok {
+			return nil, nil, unusable("it is not a regular file")
+		}
+		if err := r.step(1); err != nil {
+			return nil, nil, err
+		}
 		switch c {
 		case ".":
 			continue
@@ -258,15 +263,25 @@ func (r *reader) resolve(name string) ([]byte, *need, error) {
 			path = path[:max(len(path)-1, 0)]
 			continue
 		}
-		entry := append(path[:len(path):len(path)], c)
-		found, need := r.lookup(entry)
+		if len(path) >= maxDepth {
+			return nil, nil, beyond("the way to it is too deep", maxDepth, "directories")
+		}
+		path = append(path, c)
+		found, need, err := r.lookup(path)
+		if err != nil {
+			return nil, nil, err
+		}
 		if need != nil {
 			// All that follows is wanted too, as far as it is certain.
-			for _, c := range pending {
-				if need.complete || c == ".." {
+			need.path = slices.Clone(need.path)
+			for !need.complete && len(need.path) <= maxDepth {
+				c, ok := todo.next()
+				if !ok || c == ".." {
 					break
 				}
-				need.path = append(need.path[:len(need.path):len(need.path)], c)
+				if c != "." {
+					need.path = append(need.path, c)
+				}
 			}
 			return nil, need, nil
 		}
@@ -274,16 +289,16 @@ func (r *reader) resolve(name string) ([]byte, *need, error) {
 		case found == nil:
 			return nil, nil, nil
 		case found.kind == directory:
-			path = entry
 		case found.kind == symlink:
 			if links++; links > maxLinks {
-				return nil, nil, unusable("too many symbolic links on the way to it")
+				return nil, nil, beyond("too many symbolic links on the way to it", maxLinks, "links")
 			}
+			path = path[:len(path)-1]
 			if strings.HasPrefix(found.target, "/") {
-				path = nil
+				path = path[:0]
 			}
-			pending = append(split(found.target), pending...)
-		case len(pending) > 0:
+			todo = append(todo, found.target)
+		case !todo.isEmpty():
 			return nil, nil, nil // a file where a directory would have to be
 		case found.kind == regular:
 			return found.data, nil, nil
@@ -293,15 +308,40 @@ func (r *reader) resolve(name string) ([]byte, *need, error) {
 			return nil, nil, unusable("it is not a regular file")
 		}
 	}
-	return nil, nil, unusable("it is not a regular file")
+}
+
+// todo are paths that remain to be walked, the last one first.
+type todo []string
+
+// next takes the next component.
+func (t *todo) next() (string, bool) {
+	for len(*t) > 0 {
+		last := &(*t)[len(*t)-1]
+		*last = strings.TrimLeft(*last, "/")
+		if *last != "" {
+			var c string
+			c, *last, _ = strings.Cut(*last, "/")
+			return c, true
+		}
+		*t = (*t)[:len(*t)-1]
+	}
+	return "", false
+}
+
+// isEmpty tells whether nothing but slashes remains.
+func (t todo) isEmpty() bool {
+	return !slices.ContainsFunc(t, func(path string) bool { return strings.Trim(path, "/") != "" })
 }
 
 // lookup finds what is at a path whose parent is a directory; nil is nothing.
-func (r *reader) lookup(path []string) (*node, *need) {
+func (r *reader) lookup(path []string) (*node, *need, error) {
 layers:
 	for i, l := range r.layers {
+		if err := r.step(len(path)); err != nil {
+			return nil, nil, err
+		}
 		if l.root == nil {
-			return nil, &need{layer: i, path: path}
+			return nil, &need{layer: i, path: path}, nil
 		}
 		n := l.root
 		last := false // whether the layers below are hidden
@@ -310,35 +350,43 @@ layers:
 			next := n.children[c]
 			switch {
 			case next == nil && !r.knows(l, path[:j+1]):
-				return nil, &need{layer: i, path: path}
+				return nil, &need{layer: i, path: path}, nil
 			case next == nil && last:
-				return nil, nil
+				return nil, nil, nil
 			case next == nil:
 				continue layers
 			case j < len(path)-1 && next.kind != directory:
 				// A directory of this name above is a new one.
-				return nil, nil
+				return nil, nil, nil
 			}
 			n = next
 		}
 		switch n.kind {
 		case whiteout:
-			return nil, nil
+			return nil, nil, nil
 		case hardlink:
-			return nil, &need{layer: i, path: split(n.target), complete: true}
+			return nil, &need{layer: i, path: split(n.target), complete: true}, nil
 		default:
-			return n, nil
+			return n, nil, nil
 		}
 	}
-	return nil, nil
+	return nil, nil, nil
 }
 
 func split(path string) []string {
 	return slices.DeleteFunc(strings.Split(path, "/"), func(c string) bool { return c == "" })
 }
 
-func unusable(why string) error {
-	return fmt.Errorf("%s: %w", why, errdefs.ErrFailedPrecondition)
-}
+// ErrUnusable is why an image's users cannot be had from it, whoever tries. Such an
+// error wraps errdefs.ErrFailedPrecondition as well, which others may be too: the
+// one of a node that is configured to fetch no layer, for instance.
+var ErrUnusable = errors.New("unusable")
 
-func isUnusable(err error) bool { return errors.Is(err, errdefs.ErrFailedPrecondition) }
+func unusable(why string) error { return &unusableError{why} }
+
+func isUnusable(err error) bool { return errors.Is(err, ErrUnusable) }
+
+type unusableError struct{ why string }
+
+func (e *unusableError) Error() string   { return e.why }
+func (e *unusableError) Unwrap() []error { return []error{ErrUnusable, errdefs.ErrFailedPrecondition} }

@@ -41,7 +41,15 @@ var (
 	bucketUsers = []byte("v1")
 	keyPasswd   = []byte("passwd")
 	keyGroup    = []byte("group")
-	keyUnusable = []byte("unusable") // why, and then nothing else
+
+	// prefixUnusable begins the keys for the bytes that an image was read from in
+	// vain, with the reason as the value. There are no other keys beside them.
+	prefixUnusable = []byte("unusable ")
+)
+
+const (
+	maxUnusable = 16   // of one chain ID; anybody can make them
+	maxReason   = 1024 // bytes
 )
 
 // openStore opens the store. One that cannot be read is replaced.
@@ -110,13 +118,21 @@ func (s *store) update(fn func(*bolt.Bucket) error) error {
 	})
 }
 
+// isKnown tells whether an image's bucket has its files. What an earlier version
+// kept of images that it had read in vain is as if there were nothing.
+func isKnown(b *bolt.Bucket) bool {
+	if b == nil {
+		return false
+	}
+	k, _ := b.Cursor().Seek(bytes.TrimSpace(prefixUnusable))
+	return !bytes.HasPrefix(k, bytes.TrimSpace(prefixUnusable))
+}
+
 // get returns the files of an image, and whether they are known.
 func (s *store) get(chain string) (files Files, known bool, err error) {
 	err = s.view(func(b *bolt.Bucket) error {
-		if b = b.Bucket([]byte(chain)); b == nil {
-			return nil
-		}
-		if known = b.Get(keyUnusable) == nil; !known {
+		b = b.Bucket([]byte(chain))
+		if known = isKnown(b); !known {
 			return nil
 		}
 		// Values are valid in the transaction only. A missing one stays nil.
@@ -126,7 +142,32 @@ func (s *store) get(chain string) (files Files, known bool, err error) {
 	return files, known, err
 }
 
-// has tells whether an image was read, with whatever result.
+// state tells whether the files of an image are known, or else whether it was read
+// in vain from these bytes.
+func (s *store) state(chain, stored string) (known, unusable bool, err error) {
+	err = s.view(func(b *bolt.Bucket) error {
+		b = b.Bucket([]byte(chain))
+		known = isKnown(b)
+		unusable = b != nil && b.Get(append(prefixUnusable[:len(prefixUnusable):len(prefixUnusable)], stored...)) != nil
+		return nil
+	})
+	return known, unusable, err
+}
+
+// wasRead tells whether an image was read, in vain from some bytes or not.
+func (s *store) wasRead(chain string) (read bool, err error) {
+	err = s.view(func(b *bolt.Bucket) error {
+		if b = b.Bucket([]byte(chain)); b == nil {
+			return nil
+		}
+		k, _ := b.Cursor().Seek(prefixUnusable)
+		read = isKnown(b) || bytes.HasPrefix(k, prefixUnusable)
+		return nil
+	})
+	return read, err
+}
+
+// has tells whether there is anything about an image.
 func (s *store) has(chain string) (found bool, err error) {
 	err = s.view(func(b *bolt.Bucket) error {
 		found = b.Bucket([]byte(chain)) != nil
@@ -135,15 +176,39 @@ func (s *store) has(chain string) (found bool, err error) {
 	return found, err
 }
 
-// putUnusable notes that an image was read in vain. Another attempt may be made.
-func (s *store) putUnusable(chain, why string) error {
+// putUnusable notes that an image was read in vain from these bytes.
+func (s *store) putUnusable(chain, stored, why string) error {
 	return s.update(func(b *bolt.Bucket) error {
+		if isKnown(b.Bucket([]byte(chain))) {
+			return nil // from other bytes, which were right
+		}
 		b, err := b.CreateBucketIfNotExists([]byte(chain))
 		if err != nil {
 			return err
 		}
-		return b.Put(keyUnusable, []byte(why))
+		if b.Stats().KeyN >= maxUnusable {
+			if err := forgetUnusable(b); err != nil {
+				return err
+			}
+		}
+		return b.Put(append(prefixUnusable[:len(prefixUnusable):len(prefixUnusable)], stored...), []byte(why[:min(len(why), maxReason)]))
 	})
+}
+
+func forgetUnusable(b *bolt.Bucket) error {
+	var keys [][]byte
+	_ = b.ForEach(func(k, _ []byte) error {
+		if bytes.HasPrefix(k, bytes.TrimSpace(prefixUnusable)) {
+			keys = append(keys, bytes.Clone(k))
+		}
+		return nil
+	})
+	for _, k := range keys {
+		if err := b.Delete(k); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (s *store) put(chain string, files Files) error {
@@ -152,7 +217,10 @@ func (s *store) put(chain string, files Files) error {
 		if err != nil {
 			return err
 		}
-		for _, f := range []struct{ key, content []byte }{{keyPasswd, files.Passwd}, {keyGroup, files.Group}, {keyUnusable, nil}} {
+		if err := forgetUnusable(b); err != nil {
+			return err
+		}
+		for _, f := range []struct{ key, content []byte }{{keyPasswd, files.Passwd}, {keyGroup, files.Group}} {
 			if f.content == nil {
 				err = b.Delete(f.key)
 			} else {
