@@ -174,7 +174,8 @@ func TestTagMovesBetweenHostAndGuest(t *testing.T) {
 				require.NoError(t, err)
 				require.Equal(t, "moved\n", out)
 			} else {
-				require.ErrorContains(t, err, img.ChainID)
+				// The chain ID is all that a containerd without patches says.
+				requireHasOneOf(t, err, img.ChainID, digest.String())
 				require.ErrorContains(t, err, img.Ref)
 			}
 			require.NoError(t, c.Remove(ctx))

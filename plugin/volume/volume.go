@@ -48,6 +48,20 @@ const (
 	// image-spec config.md, "Layer ChainID"). A guest can compare it with the
 	// chain ID of what it unpacked.
 	MetadataChainID = "containerd.io/snapshot/guest-pull.chain-id"
+
+	// MetadataManifestDigest is the metadata key that holds the digest of the
+	// image's manifest: of the one that the host chose, where the image's name is
+	// that of an index. A guest can compare it with the manifest that it gets for
+	// the name, before it fetches any layer. It is there for containers of CRI,
+	// with a containerd that has the patch for it (containerd, pkg/snapshotters,
+	// TargetManifestDigestLabel).
+	MetadataManifestDigest = "containerd.io/snapshot/cri.manifest-digest"
+
+	// MetadataLayersSize is the metadata key that holds the sum of the sizes of
+	// that manifest's layers, in bytes, as a decimal number: what the guest will
+	// fetch, compressed in most images, and so the least that it needs space for.
+	// It is there when MetadataManifestDigest is.
+	MetadataLayersSize = "containerd.io/snapshot/cri.layers-size"
 )
 
 // ErrInvalid is wrapped by every error of this package.

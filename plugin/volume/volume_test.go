@@ -40,6 +40,11 @@ func TestOptionGolden(t *testing.T) {
 			MetadataChainID:                        "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
 			"containerd.io/snapshot/cri.image-ref": "registry.example/team/app:v1",
 		}),
+		"manifest": GuestPull("sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", map[string]string{
+			MetadataChainID:        "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+			MetadataManifestDigest: "sha256:5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03",
+			MetadataLayersSize:     "123456789012",
+		}),
 		"escapes": GuestPull("<source> & \"more\"", map[string]string{"k,1": "v\n=:\\,\u2028 é"}),
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -149,10 +149,10 @@ func TestCDHKeepsToHTTPS(t *testing.T) {
 
 	strict, err := parseCDH(nil)
 	require.NoError(t, err)
-	_, err = s.pull(t.Context(), cfg, strict, ref)
+	_, err = s.pull(t.Context(), cfg, strict, ref, expected{})
 	require.ErrorContains(t, err, "server gave HTTP response to HTTPS client")
 	told, err := parseCDH([]byte("[[image.registry_config.registry]]\nlocation = \"" + reg.Host() + "\"\ninsecure = true\n"))
 	require.NoError(t, err)
-	_, err = s.pull(t.Context(), cfg, told, ref)
+	_, err = s.pull(t.Context(), cfg, told, ref, expected{})
 	require.NoError(t, err)
 }

@@ -79,8 +79,8 @@ type Config struct {
 	// Init data of the pod wins over it.
 	CDHConfig string `json:"cdh_config,omitempty"`
 
-	// IgnoreChainID makes the guest log, and not refuse, an image whose chain
-	// ID is not the one that the host resolved.
+	// IgnoreChainID makes the guest log, and not refuse, an image whose manifest
+	// or chain ID is not the one that the host resolved.
 	IgnoreChainID bool `json:"ignore_chain_id,omitempty"`
 }
 

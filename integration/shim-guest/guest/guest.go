@@ -90,8 +90,9 @@ func New(dir string, pause Pause) (*Guest, error) {
 // path of the root, and the process of a sandbox.
 //
 // A request that Kata would refuse gives errdefs.ErrInvalidArgument, an image
-// that is not the one the host resolved errdefs.ErrFailedPrecondition, and an ID
-// that is in use errdefs.ErrAlreadyExists; after any error nothing of the
+// that is not the one the host resolved errdefs.ErrFailedPrecondition, one for which
+// there is no space errdefs.ErrResourceExhausted, and an ID that is in use
+// errdefs.ErrAlreadyExists; after any error nothing of the
 // container is left in the guest. After success the caller calls Remove.
 func (g *Guest) Prepare(ctx context.Context, cfg Config, req Request) (_ *Container, retErr error) {
 	vol, err := checkRootfs(cfg.Flavour, req.Rootfs)
@@ -129,6 +130,8 @@ func (g *Guest) Prepare(ctx context.Context, cfg Config, req Request) (_ *Contai
 		Mount:          req.Rootfs[0],
 		Volume:         vol,
 		HostChainID:    mergedMetadata(vol, annotations, volume.MetadataChainID),
+		HostManifest:   mergedMetadata(vol, annotations, volume.MetadataManifestDigest),
+		HostLayersSize: mergedMetadata(vol, annotations, volume.MetadataLayersSize),
 		ShimPID:        os.Getpid(),
 		MountNamespace: ns,
 	}}
@@ -177,7 +180,7 @@ func (g *Guest) imageRootfs(ctx context.Context, cfg Config, image, dir string, 
 			return mount.Mount{}, err
 		}
 	}
-	img, err := g.store.pull(ctx, cfg, conf, image)
+	img, err := g.store.pull(ctx, cfg, conf, image, expected{manifest: r.HostManifest, size: r.HostLayersSize})
 	if err != nil {
 		return mount.Mount{}, err
 	}

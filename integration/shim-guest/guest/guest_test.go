@@ -251,6 +251,21 @@ func TestPrepareRefuses(t *testing.T) {
 		{name: "unknown image", req: request(t, "c", imageConfig(f.reg.Ref("none:1"))), err: "none:1"},
 		{name: "encrypted", req: request(t, "c", imageConfig(encrypted)), err: "encrypted"},
 		{
+			name: "another manifest",
+			req:  request(t, "c", imageConfig(ref), option(`{"volume_type":"image_guest_pull","source":"d","image_pull":{"metadata":{"`+volume.MetadataManifestDigest+`":"sha256:other"}}}`)),
+			err:  "the host resolved sha256:other", is: errdefs.ErrFailedPrecondition,
+		},
+		{
+			name: "no space",
+			req:  request(t, "c", imageConfig(ref), option(`{"volume_type":"image_guest_pull","source":"d","image_pull":{"metadata":{"`+volume.MetadataLayersSize+`":"1152921504606846976"}}}`)),
+			err:  "its layers have 1152921504606846976 bytes, and the guest has space for", is: errdefs.ErrResourceExhausted,
+		},
+		{
+			name: "no size",
+			req:  request(t, "c", imageConfig(ref), option(`{"volume_type":"image_guest_pull","source":"d","image_pull":{"metadata":{"`+volume.MetadataLayersSize+`":"-1"}}}`)),
+			err:  "the size of its layers", is: errdefs.ErrInvalidArgument,
+		},
+		{
 			name: "another chain ID", fetched: true,
 			req: request(t, "c", imageConfig(ref), option(`{"volume_type":"image_guest_pull","source":"d","image_pull":{"metadata":{"`+volume.MetadataChainID+`":"sha256:other"}}}`)),
 			err: "the host resolved sha256:other", is: errdefs.ErrFailedPrecondition,
@@ -272,7 +287,7 @@ func TestPrepareRefuses(t *testing.T) {
 
 	cfg := f.cfg
 	cfg.IgnoreChainID = true
-	c, err := f.Prepare(t.Context(), cfg, request(t, "c", imageConfig(ref), option(`{"volume_type":"image_guest_pull","source":"d","image_pull":{"metadata":{"`+volume.MetadataChainID+`":"sha256:other"}}}`)))
+	c, err := f.Prepare(t.Context(), cfg, request(t, "c", imageConfig(ref), option(`{"volume_type":"image_guest_pull","source":"d","image_pull":{"metadata":{"`+volume.MetadataChainID+`":"sha256:other","`+volume.MetadataManifestDigest+`":"sha256:other"}}}`)))
 	require.NoError(t, err)
 	assert.Equal(t, "sha256:other", c.Record.HostChainID)
 }

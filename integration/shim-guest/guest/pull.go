@@ -29,6 +29,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"time"
 
@@ -40,6 +41,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
+	"golang.org/x/sys/unix"
 )
 
 // UserAgent is how the guest's requests begin their User-Agent header, by which
@@ -85,15 +87,41 @@ func newStore(dir string) (*store, error) {
 	return &store{dir: dir, turn: make(chan struct{}, 1), images: map[string]Image{}}, nil
 }
 
+// expected is what the host said of an image; what it did not is empty.
+type expected struct {
+	manifest string // its digest
+	size     string // of its layers, in bytes
+}
+
+// fits says, before anything is fetched, that there is no space for what will be: the
+// layers take at least their compressed size.
+func (e expected) fits(dir string) error {
+	if e.size == "" {
+		return nil
+	}
+	size, err := strconv.ParseUint(e.size, 10, 63)
+	if err != nil {
+		return fmt.Errorf("the size of its layers by the host: %w: %w", errdefs.ErrInvalidArgument, err)
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		return &os.PathError{Op: "statfs", Path: dir, Err: err}
+	}
+	if free := fs.Bavail * uint64(fs.Bsize); size > free {
+		return fmt.Errorf("%w: its layers have %d bytes, and the guest has space for %d", errdefs.ErrResourceExhausted, size, free)
+	}
+	return nil
+}
+
 // pull returns the image of that name for the guest's platform. It asks the
 // registry each time for what the name stands for, and fetches the layers of an
 // image once. The caller's context and Config.PullTimeout bound it.
-func (s *store) pull(ctx context.Context, cfg Config, conf *cdh, imageName string) (Image, error) {
+func (s *store) pull(ctx context.Context, cfg Config, conf *cdh, imageName string, want expected) (Image, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, time.Duration(cfg.PullTimeout),
 		fmt.Errorf("not done within pull_timeout, %v: %w", time.Duration(cfg.PullTimeout), context.DeadlineExceeded))
 	defer cancel()
 
-	img, err := s.pullImage(ctx, cfg, conf, imageName)
+	img, err := s.pullImage(ctx, cfg, conf, imageName, want)
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
 			err = fmt.Errorf("%w (%w)", err, cause)
@@ -103,7 +131,10 @@ func (s *store) pull(ctx context.Context, cfg Config, conf *cdh, imageName strin
 	return img, nil
 }
 
-func (s *store) pullImage(ctx context.Context, cfg Config, conf *cdh, imageName string) (Image, error) {
+func (s *store) pullImage(ctx context.Context, cfg Config, conf *cdh, imageName string, want expected) (Image, error) {
+	if cfg.IgnoreChainID {
+		want.manifest = "" // the chain ID is logged
+	}
 	select {
 	case s.turn <- struct{}{}:
 		defer func() { <-s.turn }()
@@ -123,7 +154,7 @@ func (s *store) pullImage(ctx context.Context, cfg Config, conf *cdh, imageName 
 			base := http.DefaultTransport.(*http.Transport).Clone()
 			base.TLSClientConfig = &tls.Config{}
 			defer base.CloseIdleConnections()
-			return s.pullFrom(ctx, imageName, ref, conf.transport(t, base), authn.Anonymous)
+			return s.pullFrom(ctx, imageName, want, ref, conf.transport(t, base), authn.Anonymous)
 		})
 	}
 
@@ -147,11 +178,11 @@ func (s *store) pullImage(ctx context.Context, cfg Config, conf *cdh, imageName 
 	if registry.Username != "" {
 		auth = &authn.Basic{Username: registry.Username, Password: registry.Password}
 	}
-	return s.pullFrom(ctx, imageName, ref, transport, auth)
+	return s.pullFrom(ctx, imageName, want, ref, transport, auth)
 }
 
 // pullFrom pulls the image of a name from one place.
-func (s *store) pullFrom(ctx context.Context, imageName string, ref name.Reference, transport http.RoundTripper, auth authn.Authenticator) (Image, error) {
+func (s *store) pullFrom(ctx context.Context, imageName string, want expected, ref name.Reference, transport http.RoundTripper, auth authn.Authenticator) (Image, error) {
 	remoteImage, err := remote.Image(ref,
 		remote.WithContext(ctx),
 		remote.WithTransport(transport),
@@ -166,10 +197,18 @@ func (s *store) pullFrom(ctx context.Context, imageName string, ref name.Referen
 	if err != nil {
 		return Image{}, err
 	}
+	if want.manifest != "" && want.manifest != dgst.String() {
+		return Image{}, fmt.Errorf("%w: the manifest of image %q is %s in the guest, the host resolved %s",
+			errdefs.ErrFailedPrecondition, imageName, dgst, want.manifest)
+	}
 	if img, ok := s.images[dgst.String()]; ok {
 		img.Name = imageName
 		img.Reused = true
 		return img, nil
+	}
+
+	if err := want.fits(s.dir); err != nil {
+		return Image{}, fmt.Errorf("image %q: %w", imageName, err)
 	}
 
 	// A half unpacked image never gets the name of a whole one.

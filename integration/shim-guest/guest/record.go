@@ -51,6 +51,11 @@ type Record struct {
 	// HostChainID is the chain ID that the host resolved, when it said so.
 	HostChainID string `json:"host_chain_id,omitempty"`
 
+	// HostManifest is the digest of the manifest that the host chose, and
+	// HostLayersSize what its layers have in bytes, when it said so.
+	HostManifest   string `json:"host_manifest,omitempty"`
+	HostLayersSize string `json:"host_layers_size,omitempty"`
+
 	// ShimPID is the process that holds the guest, and MountNamespace what
 	// /proc/<ShimPID>/ns/mnt links to.
 	ShimPID        int    `json:"shim_pid"`
