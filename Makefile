@@ -368,6 +368,7 @@ compatibility: ## write the README's table of what the last `make test` of each 
 .PHONY: compatibility
 
 test-all: export GUEST_PULL_KILLS := 200
+test-all: export GUEST_PULL_SHAPES := 2000
 test-all: export GUEST_PULL_CONTAINERS := 1000
 test-all: INTEGRATION_TIMEOUT := 3h
 test-all: new-figures lint unit unit-patched integration fuzz upstream e2e-kubernetes test-packages test-node package-reproducible ## all tests: what `make test` runs, on a large scale, containerd's own suites and the packages (hours); run it before a release

@@ -107,6 +107,8 @@ type Content struct {
 	Root ocispec.Descriptor
 	// Images are the manifests that a client on this machine may choose.
 	Images []ocispec.Descriptor
+	// Config is the image's.
+	Config ocispec.Descriptor
 	// Needed are the digests that a client on this machine has reason to ask
 	// for to find the image and its config.
 	Needed map[string]bool
@@ -128,6 +130,18 @@ type manifest struct {
 type Store interface {
 	PutBlob(digest string, data []byte) error
 	PutManifest(repository, reference, mediaType string, data []byte) error
+}
+
+// Size returns the sum of the sizes of all manifests and blobs.
+func (c *Content) Size() int64 {
+	var n int64
+	for _, m := range c.manifests {
+		n += m.desc.Size
+	}
+	for _, b := range c.blobs {
+		n += int64(len(b))
+	}
+	return n
 }
 
 // Put stores the content in a repository, by a tag.
@@ -270,7 +284,7 @@ func (s Shape) Build(name string) (*Content, error) {
 	if c.Root, err = c.addImage(types.manifest, s.ArtifactType, s.Annotations, configDesc, layers); err != nil {
 		return nil, err
 	}
-	c.Images = []ocispec.Descriptor{c.Root}
+	c.Images, c.Config = []ocispec.Descriptor{c.Root}, configDesc
 	need(c.Root, configDesc)
 	if s.Indexes == 0 {
 		return c, nil
