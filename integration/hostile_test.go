@@ -19,6 +19,9 @@ package integration_test
 import (
 	"encoding/json"
 	"math"
+	"os"
+	"path/filepath"
+	"syscall"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -56,6 +59,35 @@ func TestPodIsNoLayer(t *testing.T) {
 	info, err := n.Client.SnapshotService(harness.Snapshotter).Stat(harness.CRI(t.Context()), img.ChainID)
 	require.NoError(t, err)
 	require.Equal(t, img.chain(t)[0], info.Parent)
+}
+
+// The annotation does not keep a sandbox from being made either, when the image
+// that has the name is there.
+func TestPatchPodNamesLayer(t *testing.T) {
+	eachContainerd(t, func(t *testing.T, binaries string) {
+		n, reg := newNode(t, harness.Options{Binaries: binaries})
+		img := push(t, reg, images.Spec{Name: "app", Layers: 2})
+		pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
+		run(t, pod, harness.ContainerSpec{Image: img.Ref})
+		_, err := n.RunPod(t.Context(), harness.PodSpec{Handler: harness.Guest, Annotations: map[string]string{
+			"containerd.io/snapshot.ref":        img.ChainID,
+			"containerd.io/snapshot/uidmapping": "0:1000:1",
+			"containerd.io/snapshot/gidmapping": "0:1000:1",
+		}})
+		requireFixed(t, n, "0021", err, "already exists")
+		if err != nil {
+			return
+		}
+		// Not even a directory of the host is the author's to give away.
+		dirs, err := filepath.Glob(filepath.Join(n.SnapshotterRoot(harness.Snapshotter), "snapshots", "*", "fs"))
+		require.NoError(t, err)
+		require.NotEmpty(t, dirs)
+		for _, dir := range dirs {
+			info, err := os.Stat(dir)
+			require.NoError(t, err)
+			require.Zero(t, info.Sys().(*syscall.Stat_t).Uid, dir)
+		}
+	})
 }
 
 // rewritten pushes an image whose layers are described in another way.
