@@ -208,8 +208,11 @@ unit: deps ## run the unit and conformance tests, with the race detector
 	$(GO) test -race ./plugin/users/ ./plugin/snapshotter/... -args -test.root
 .PHONY: unit
 
+# This test of 2.3 needs cgroup v2 and does not say so, as that of 2.4 does.
+SKIP_UNIT_2.3 := $(if $(wildcard /sys/fs/cgroup/cgroup.controllers),,-skip '^TestCgroupNamespace$$')
+
 unit-patched: patched ## run containerd's own tests of every package that a patch touches
-	cd $(LINE_DIR)/patched/containerd && $(GO) test $$(cd $(CURDIR) && $(PATCH) -packages)
+	cd $(LINE_DIR)/patched/containerd && $(GO) test $(SKIP_UNIT_$(LINE)) $$(cd $(CURDIR) && $(PATCH) -packages)
 .PHONY: unit-patched
 
 INTEGRATION_TIMEOUT := 30m
