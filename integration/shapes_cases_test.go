@@ -241,7 +241,7 @@ func refusal(s images.Shape) []string {
 	case layers+len(s.Blobs) > 500, s.ConfigType != "" && !isConfigType(s.ConfigType):
 		return []string{noImage}
 	case len(s.Blobs) > 0:
-		return []string{noImage, noMatching}
+		return []string{noImage, noMatching, "layers and the configuration"} // the last one by the guest
 	}
 	return nil
 }

@@ -340,12 +340,16 @@ func (u *imageUse) guestPod(ctx context.Context, p shapePod) error {
 }
 
 func (u *imageUse) runcPod(ctx context.Context, p shapePod) error {
-	stockRuns, err := u.onStock(ctx, fmt.Sprint(u.c.Image, u.c.Before, p.Volume), func(stock *harness.Node) (int, error) {
+	policy := p.Policy
+	if policy == harness.Never { // what is present there is not what is here
+		policy = harness.IfNotPresent
+	}
+	stockRuns, err := u.onStock(ctx, fmt.Sprint(u.c.Image, u.c.Before, p.Volume, p.Policy == harness.Always), func(stock *harness.Node) (int, error) {
 		s, err := u.use(ctx, stock, u.c)
 		if err != nil {
 			return 0, err
 		}
-		errs, err := s.attempts(ctx, shapePod{Runc: true, Volume: p.Volume})
+		errs, err := s.attempts(ctx, shapePod{Runc: true, Volume: p.Volume, Policy: policy})
 		if err != nil {
 			return 0, err
 		}
