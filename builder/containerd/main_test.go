@@ -103,7 +103,9 @@ func TestSamePackagesAsStock(t *testing.T) {
 	info, err := buildinfo.ReadFile(build(t, ours))
 	require.NoError(t, err)
 	for _, m := range info.Deps {
-		if m.Path != containerdModule {
+		// Containerd 2.3 has version 2 of it, and our commands version 3 (app_2_3.go).
+		own := m.Path == "github.com/urfave/cli/v3" && versions["github.com/urfave/cli/v2"] != "" && versions[m.Path] == ""
+		if m.Path != containerdModule && !own {
 			assert.Equal(t, versions[m.Path], m.Version, m.Path)
 		}
 	}
@@ -117,11 +119,12 @@ func TestDefaultConfig(t *testing.T) {
 
 	plugins := got["plugins"].(map[string]any)
 	assert.Equal(t, map[string]any{
-		"root_path":     "",
-		"mount_type":    "fuse.nydus-overlayfs-guest-pull",
-		"sync_remove":   false,
-		"mount_options": []any{},
-		"resolve_users": "off",
+		"root_path":                 "",
+		"mount_type":                "fuse.nydus-overlayfs-guest-pull",
+		"sync_remove":               false,
+		"mount_options":             []any{},
+		"resolve_users":             "off",
+		"resolve_users_concurrency": int64(2),
 	}, plugins["io.containerd.snapshotter.v1.guest-pull"])
 	delete(plugins, "io.containerd.snapshotter.v1.guest-pull")
 
