@@ -252,11 +252,11 @@ func TestSharedLayers(t *testing.T) {
 func TestImageConfig(t *testing.T) {
 	n, reg := newNode(t, harness.Options{})
 	img := push(t, reg, images.Spec{
-		Name:    "configured",
-		Layers:  2,
-		User:    "1000:1000",
-		Env:     []string{"GREETING=hello from configured"},
-		Cmd:     []string{"/bin/sh", "-c", `trap "exit 0" TERM; echo "$GREETING"; id; pwd; tail -f /dev/null & wait`},
+		Name:       "configured",
+		Layers:     2,
+		User:       "1000:1000",
+		Env:        []string{"GREETING=hello from configured"},
+		Cmd:        []string{"/bin/sh", "-c", `trap "exit 0" TERM; echo "$GREETING"; id; pwd; tail -f /dev/null & wait`},
 		WorkingDir: "/tmp",
 	})
 	pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
