@@ -233,11 +233,11 @@ func refusal(s images.Shape) []string {
 	}
 	switch {
 	case s.Indexes > 0 && s.OnlyOthers:
-		return []string{noMatch}
+		return []string{noMatch, noImage} // the artifact without a platform is for all of them
 	case s.ConfigSize > 8<<20:
 		return []string{noConfig}
 	case s.ArtifactType != "", s.NoLayers:
-		return []string{noImage, noLayers}
+		return []string{noImage, noLayers, noMatching}
 	case layers+len(s.Blobs) > 500, s.ConfigType != "" && !isConfigType(s.ConfigType):
 		return []string{noImage}
 	case len(s.Blobs) > 0:

@@ -224,6 +224,8 @@ type imageUse struct {
 	// onHost: a pod on the host could run without a pull. failed: one could not
 	// run, and does not on stock containerd.
 	onHost, failed bool
+	// removed: how the image came to the node no longer counts.
+	removed bool
 }
 
 // use puts an image into the registry, by a name of its own, and on the node if
@@ -291,7 +293,7 @@ func (u *imageUse) pod(ctx context.Context, p shapePod) error {
 		if err := u.on.RemoveImage(ctx, u.ref); err != nil {
 			return err
 		}
-		u.onHost = false
+		u.onHost, u.removed = false, true
 	}
 	if p.Runc {
 		return u.runcPod(ctx, p)
@@ -344,8 +346,12 @@ func (u *imageUse) runcPod(ctx context.Context, p shapePod) error {
 	if policy == harness.Never { // what is present there is not what is here
 		policy = harness.IfNotPresent
 	}
-	stockRuns, err := u.onStock(ctx, fmt.Sprint(u.c.Image, u.c.Before, p.Volume, p.Policy == harness.Always), func(stock *harness.Node) (int, error) {
-		s, err := u.use(ctx, stock, u.c)
+	c := u.c
+	if u.removed {
+		c.Before = ""
+	}
+	stockRuns, err := u.onStock(ctx, fmt.Sprint(c.Image, c.Before, p.Volume, p.Policy == harness.Always), func(stock *harness.Node) (int, error) {
+		s, err := u.use(ctx, stock, c)
 		if err != nil {
 			return 0, err
 		}
