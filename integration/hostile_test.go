@@ -90,6 +90,25 @@ func TestPatchPodNamesLayer(t *testing.T) {
 	})
 }
 
+// Nobody asks for the users of the pause image. With resolve_users, it is as little
+// read as without; but a container can be made of it, as of any image.
+func TestPauseImageIsNotRead(t *testing.T) {
+	for _, path := range pullPaths[:2] {
+		t.Run(path.name, func(t *testing.T) {
+			n, reg := newUsersNode(t, path.options)
+			pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
+			require.NoError(t, n.Kill())
+			require.NoError(t, n.Up(t.Context()))
+			runPod(t, n, harness.PodSpec{Handler: harness.Guest})
+			requireNoLayersOnHost(t, reg)
+
+			_, err := pod.Create(t.Context(), harness.ContainerSpec{Image: reg.Ref("pause:1")})
+			require.NoError(t, err)
+			require.Len(t, reg.Log().By(registry.Host).Of(registry.Layer).OK(), 1)
+		})
+	}
+}
+
 // rewritten pushes an image whose layers are described in another way.
 func rewritten(t *testing.T, reg *registry.Registry, img image, as string, edit func(i int, layer map[string]any)) image {
 	t.Helper()

@@ -340,7 +340,9 @@ func TestUsersCostWhatIsNeeded(t *testing.T) {
 
 			require.Empty(t, n.Blobs(img.Layers...))
 			dir := filepath.Join("users", strings.ReplaceAll(img.ChainID, ":", "-"), "etc")
-			require.ElementsMatch(t, []string{filepath.Join(dir, "passwd"), filepath.Join(dir, "group")}, usersOnDisk(t, n))
+			// The sandbox has the list's: the pause image is not read.
+			require.ElementsMatch(t, []string{filepath.Join(dir, "passwd"), filepath.Join(dir, "group"),
+				"users/static/etc/passwd", "users/static/etc/group"}, usersOnDisk(t, n))
 			log, err := os.ReadFile(n.LogFile())
 			require.NoError(t, err)
 			require.NotContains(t, string(log), password)
@@ -465,6 +467,15 @@ func TestUsersComeBack(t *testing.T) {
 		Linux:    &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{}},
 	})
 	require.ErrorContains(t, err, "has to be pulled again", "a client that did not look")
+	// Somebody else's image with the same config, whose layers nobody can read, says
+	// nothing of this one.
+	forged := rewritten(t, reg, img, "forged", func(_ int, layer map[string]any) {
+		layer["mediaType"] = "application/vnd.oci.image.layer.v1.tar+gzip+encrypted"
+	})
+	create(pod, forged.Ref, `{"uid":101,"gid":0,"additionalGids":[0]}`)
+	reg.Reset()
+	create(pod, forged.Ref, `{"uid":101,"gid":0,"additionalGids":[0]}`)
+	require.Empty(t, reg.Log().By(registry.Host), "it would be pulled for ever")
 	create(pod, img.Ref, want)
 	require.Equal(t, img.Layers, reg.Log().By(registry.Host).In("app").Of(registry.Layer).OK().References())
 	// The pause image has no exception.

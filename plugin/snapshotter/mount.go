@@ -23,7 +23,6 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -32,15 +31,11 @@ import (
 	"github.com/guest-pull/guest-pull-snapshotter/plugin/volume"
 )
 
-const labelPrefix = "containerd.io/snapshot/"
-
-// secretLabels are snapshot labels by which other snapshotters are handed
-// registry credentials (nydus-snapshotter, pkg/label/label.go). They must not
-// get into a mount option, which is logged by everyone who mounts.
-var secretLabels = []string{
-	labelPrefix + "pullusername",
-	labelPrefix + "pullsecret",
-}
+// metadataLabels are the labels of a snapshot that get into its mount option, besides
+// the chain ID. Others do not: the option is logged by everyone who mounts, while by
+// some labels snapshotters are handed registry credentials (nydus-snapshotter,
+// pkg/label/label.go), and for a sandbox a pod's author can choose any.
+var metadataLabels = []string{volume.MetadataManifestDigest, volume.MetadataLayersSize}
 
 // guestMounts turns the mounts of the overlay snapshotter into those of a container
 // whose image the guest pulls, and makes directories that went missing again.
@@ -72,8 +67,8 @@ func (s *snapshotter) guestMounts(info snapshots.Info, mounts []mount.Mount) ([]
 func guestMount(mountType, lowest string, options []string, info snapshots.Info, d dirs) (mount.Mount, error) {
 	chain := chainID(info)
 	metadata := map[string]string{volume.MetadataChainID: chain}
-	for k, v := range info.Labels {
-		if strings.HasPrefix(k, labelPrefix) && !slices.Contains(secretLabels, k) {
+	for _, k := range metadataLabels {
+		if v, ok := info.Labels[k]; ok {
 			metadata[k] = v
 		}
 	}

@@ -194,7 +194,9 @@ func TestGuestMount(t *testing.T) {
 	id := chain("image", 1)[0]
 
 	mounts, err := s.Prepare(ctx, "k8s.io/1/container", id, snapshots.WithLabels(map[string]string{
-		"containerd.io/snapshot/custom":       "value",
+		volume.MetadataManifestDigest:         "sha256:manifest",
+		volume.MetadataLayersSize:             "4711",
+		"containerd.io/snapshot/custom":       "hush",
 		"containerd.io/snapshot/pullsecret":   "hush",
 		"containerd.io/snapshot/pullusername": "hush",
 		"other":                               "hush",
@@ -213,8 +215,9 @@ func TestGuestMount(t *testing.T) {
 		"index=on",
 	}, m.Options[:len(m.Options)-1])
 	assert.Equal(t, volume.GuestPull(id, map[string]string{
-		volume.MetadataChainID:          id,
-		"containerd.io/snapshot/custom": "value",
+		volume.MetadataChainID:        id,
+		volume.MetadataManifestDigest: "sha256:manifest",
+		volume.MetadataLayersSize:     "4711",
 	}), decode(t, m))
 
 	for _, d := range []string{dir + "/work", dir + "/fs", root + "/users/static"} {
@@ -421,7 +424,7 @@ func TestPodsAreNoLayers(t *testing.T) {
 	require.NoError(t, err)
 	assert.Equal(t, given, labels, "the caller's own")
 	require.Len(t, mounts, 1)
-	assert.Equal(t, pause, decode(t, mounts[0]).ImagePull.Metadata[volume.MetadataChainID])
+	assert.Equal(t, map[string]string{volume.MetadataChainID: pause}, decode(t, mounts[0]).ImagePull.Metadata)
 	_, err = ms.Stat(ctx, image)
 	require.ErrorIs(t, err, errdefs.ErrNotFound)
 	require.NoError(t, s.Walk(t.Context(), func(_ context.Context, i snapshots.Info) error {

@@ -271,7 +271,7 @@ func TestResolveUsersOff(t *testing.T) {
 	require.NoFileExists(t, filepath.Join(root, "users.db"))
 	require.NoError(t, pulled(t, s, img))
 	require.EqualValues(t, 1, img.fetched.Load())
-	needs, err := s.(users.LayerObserver).NeedsLayers(t.Context(), img.chain())
+	needs, err := s.(users.LayerObserver).NeedsLayers(t.Context(), img.layers, img.diffIDs)
 	require.NoError(t, err)
 	require.False(t, needs)
 }

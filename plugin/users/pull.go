@@ -34,19 +34,20 @@ import (
 )
 
 // LayerObserver is what a patched containerd tells of its pulls: an interface of
-// its own (core/unpack/observer.go, after patches/containerd) that the plugin has
+// its own (core/unpack/unpacker.go, after patches/containerd) that the plugin has
 // to implement.
 type LayerObserver interface {
 	// LayersPrepared is called in a pull when all layers of an image, the lowest
 	// first, have been prepared. fetch opens one of them, with the pull's own
 	// credentials and hosts, and must not be used after LayersPrepared has
-	// returned. An error fails the pull.
+	// returned. It is nil if nobody needs what is in the layers: in the pull of
+	// the pause image for a sandbox. An error fails the pull.
 	LayersPrepared(ctx context.Context, layers []ocispec.Descriptor, diffIDs []digest.Digest,
 		fetch func(context.Context, ocispec.Descriptor) (io.ReadCloser, error)) error
 	// NeedsLayers tells whether an image has to be pulled again before a
-	// container of it can be created: LayersPrepared was not called for it, or
-	// what came of it was lost.
-	NeedsLayers(ctx context.Context, chainID string) (bool, error)
+	// container of it can be created: LayersPrepared was not called with these
+	// layers, or what came of it was lost.
+	NeedsLayers(ctx context.Context, layers []ocispec.Descriptor, diffIDs []digest.Digest) (bool, error)
 }
 
 var _ LayerObserver = (*Images)(nil)
@@ -83,7 +84,7 @@ func (i *image) key() string { return i.chain + " " + i.stored }
 func (u *Images) LayersPrepared(ctx context.Context, descs []ocispec.Descriptor, diffIDs []digest.Digest,
 	fetch func(context.Context, ocispec.Descriptor) (io.ReadCloser, error),
 ) error {
-	if u.known == nil || len(diffIDs) == 0 {
+	if u.known == nil || len(diffIDs) == 0 || fetch == nil {
 		return nil
 	}
 	img, err := newImage(descs, diffIDs)
@@ -154,12 +155,16 @@ func (u *Images) read(ctx context.Context, img *image, fetch Fetch) (string, err
 // NeedsLayers tells that the users of an image were not read yet: the option was
 // set after the pull, or the store was lost. Without this, a container would have
 // other IDs than the ones before it, and nobody would notice.
-func (u *Images) NeedsLayers(_ context.Context, chainID string) (bool, error) {
-	if u.known == nil {
+func (u *Images) NeedsLayers(_ context.Context, descs []ocispec.Descriptor, diffIDs []digest.Digest) (bool, error) {
+	if u.known == nil || len(diffIDs) == 0 {
 		return false, nil
 	}
-	found, err := u.known.wasRead(chainID)
-	return !found && !u.wasRefused(chainID), err
+	img, err := newImage(descs, diffIDs)
+	if err != nil {
+		return false, err
+	}
+	known, unusable, err := u.known.state(img.chain, img.stored)
+	return !known && !unusable && !u.wasRefused(img), err
 }
 
 // refusedFor is how long it is remembered that a fetch was refused by the node's
@@ -171,13 +176,13 @@ func (u *Images) refuse(img *image) {
 	u.readMu.Lock()
 	defer u.readMu.Unlock()
 	maps.DeleteFunc(u.refused, func(_ string, at time.Time) bool { return time.Since(at) > refusedFor })
-	u.refused[img.chain] = time.Now()
+	u.refused[img.key()] = time.Now()
 }
 
-func (u *Images) wasRefused(chain string) bool {
+func (u *Images) wasRefused(img *image) bool {
 	u.readMu.Lock()
 	defer u.readMu.Unlock()
-	at, ok := u.refused[chain]
+	at, ok := u.refused[img.key()]
 	return ok && time.Since(at) <= refusedFor
 }
 

@@ -96,6 +96,8 @@ func TestPullErrors(t *testing.T) {
 
 	require.ErrorIs(t, u.LayersPrepared(t.Context(), img.descriptors(), append(img.diffIDs(), img.diffIDs()...), img.fetch), errdefs.ErrInvalidArgument)
 	require.NoError(t, u.LayersPrepared(t.Context(), nil, nil, img.fetch))
+	require.NoError(t, u.LayersPrepared(t.Context(), img.descriptors(), img.diffIDs(), nil))
+	require.True(t, needs(t, u, &img), "of the pull of a pause image nothing is known")
 }
 
 // newImages is an Images that reads layers.
@@ -108,7 +110,7 @@ func newImages(t *testing.T) *Images {
 
 func needs(t *testing.T, u *Images, r *registry) bool {
 	t.Helper()
-	needs, err := u.NeedsLayers(t.Context(), r.chain())
+	needs, err := u.NeedsLayers(t.Context(), r.descriptors(), r.diffIDs())
 	require.NoError(t, err)
 	return needs
 }
@@ -142,6 +144,7 @@ func TestUnusableIsOfTheBytes(t *testing.T) {
 			require.NoError(t, pulled(t.Context(), u, forged))
 			require.Len(t, forged.fetched, fetched, "%s: the same bytes are not read twice", name)
 		}
+		require.True(t, needs(t, u, &honest), name)
 		name, err := u.name(honest.chain())
 		require.NoError(t, err)
 		require.Equal(t, staticUsers, name)

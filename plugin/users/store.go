@@ -154,19 +154,6 @@ func (s *store) state(chain, stored string) (known, unusable bool, err error) {
 	return known, unusable, err
 }
 
-// wasRead tells whether an image was read, in vain from some bytes or not.
-func (s *store) wasRead(chain string) (read bool, err error) {
-	err = s.view(func(b *bolt.Bucket) error {
-		if b = b.Bucket([]byte(chain)); b == nil {
-			return nil
-		}
-		k, _ := b.Cursor().Seek(prefixUnusable)
-		read = isKnown(b) || bytes.HasPrefix(k, prefixUnusable)
-		return nil
-	})
-	return read, err
-}
-
 // has tells whether there is anything about an image.
 func (s *store) has(chain string) (found bool, err error) {
 	err = s.view(func(b *bolt.Bucket) error {
