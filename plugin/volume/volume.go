@@ -54,13 +54,15 @@ const (
 	// that of an index. A guest can compare it with the manifest that it gets for
 	// the name, before it fetches any layer. It is there for containers of CRI,
 	// with a containerd that has the patch for it (containerd, pkg/snapshotters,
-	// TargetManifestDigestLabel).
+	// TargetManifestDigestLabel), unless the manifest is not as a registry has it:
+	// the image was imported, or containerd mended a manifest that says
+	// application/octet-stream of its config (core/remotes/docker, ConvertManifest).
 	MetadataManifestDigest = "containerd.io/snapshot/cri.manifest-digest"
 
 	// MetadataLayersSize is the metadata key that holds the sum of the sizes of
 	// that manifest's layers, in bytes, as a decimal number: what the guest will
 	// fetch, compressed in most images, and so the least that it needs space for.
-	// It is there when MetadataManifestDigest is.
+	// It is there for containers of CRI, with that patch.
 	MetadataLayersSize = "containerd.io/snapshot/cri.layers-size"
 )
 
