@@ -215,7 +215,7 @@ unit-patched: patched ## run containerd's own tests of every package that a patc
 	cd $(LINE_DIR)/patched/containerd && $(GO) test $(SKIP_UNIT_$(LINE)) $$(cd $(CURDIR) && $(PATCH) -packages)
 .PHONY: unit-patched
 
-INTEGRATION_TIMEOUT := 30m
+INTEGRATION_TIMEOUT := 45m
 integration: deps build other-lines test-tools bench-binaries bench-modfile ## run the built binaries against a registry, with runc and with the stand-in guest
 	cd integration && $(GO) test -count=1 -timeout $(INTEGRATION_TIMEOUT) $$($(GO) list ./... | grep -v /bench$$)
 	cd integration && $(GO) test -count=1 $(BENCH_MODFILE) ./bench
