@@ -132,10 +132,13 @@ package-reproducible: ## build the packages twice, in different directories, and
 		SOURCE_DATE_EPOCH='$(SOURCE_DATE_EPOCH)' TOOLS='$(abspath $(TOOLS))'
 .PHONY: package-reproducible
 
+# Where this machine gets Debian's packages from.
+DEBIAN_MIRROR = $(shell apt-get indextargets --format '$$(REPO_URI)' 'Created-By: Packages' 'Label: Debian' | head -n 1)
+
 # Debians to install the packages in, with what the tests install in their caches.
 $(BUILD_DIR)/debian-%-2:
 	rm -rf $@.tmp
-	debootstrap --variant=minbase --include=systemd,ca-certificates $* $@.tmp http://deb.debian.org/debian >/dev/null
+	debootstrap --variant=minbase --include=systemd,ca-certificates $* $@.tmp '$(DEBIAN_MIRROR)' >/dev/null
 	echo force-unsafe-io >$@.tmp/etc/dpkg/dpkg.cfg.d/unsafe-io
 	chroot $@.tmp sh -c 'apt-get update -qq && apt-get install -qq -y --download-only --no-install-recommends runc fuse3 containerd rpm dnf createrepo-c >/dev/null'
 	mv $@.tmp $@
@@ -270,7 +273,7 @@ MACHINE_ROOT := $(BUILD_DIR)/machine-bookworm
 $(MACHINE_ROOT):
 	rm -rf $@.tmp
 	debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,udev,openssh-server,kmod,procps,ca-certificates,runc,fuse3,linux-image-cloud-amd64,initramfs-tools,zstd \
-		bookworm $@.tmp http://deb.debian.org/debian >/dev/null
+		bookworm $@.tmp '$(DEBIAN_MIRROR)' >/dev/null
 	echo MODULES=list >$@.tmp/etc/initramfs-tools/conf.d/machine
 	printf '%s\n' ext4 virtio_pci virtio_blk >>$@.tmp/etc/initramfs-tools/modules
 	unshare --mount sh -c 'mount -t proc none $@.tmp/proc && chroot $@.tmp update-initramfs -u' >/dev/null
