@@ -89,12 +89,15 @@ func (m guestManager) Stop(ctx context.Context, id string) (shim.StopStatus, err
 	return status, err
 }
 
-// removeSockets removes the sockets of a dead shim, which the runc shim leaves.
+// removeSockets removes the sockets of a dead shim, which the runc shim leaves. It does
+// not ask whether somebody listens: the kernel closes the files of a process one by one,
+// and containerd, which saw the end of a connection, is here before it is done with a
+// process that was killed.
 func removeSockets(ctx context.Context, id string) {
 	for _, debug := range []bool{false, true} {
 		address, err := socketAddress(ctx, id, debug)
-		if err != nil || shim.CanConnect(address) {
-			continue
+		if err != nil {
+			continue // of a container: its bundle has no link, and it no sockets
 		}
 		if err := shim.RemoveSocket(address); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			log.G(ctx).WithError(err).WithField("id", id).Warn("the socket of a dead shim stays")

@@ -24,6 +24,8 @@ import (
 	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/containerd/api/types/runc/options"
 	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/pkg/shim"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/typeurl/v2"
 	"github.com/stretchr/testify/assert"
@@ -104,4 +106,24 @@ func TestServesInsideTheGuestOnly(t *testing.T) {
 func TestPauseProgramIsStatic(t *testing.T) {
 	require.ErrorContains(t, checkStatic("/bin/sh"), "CGO_ENABLED=0")
 	require.ErrorContains(t, checkStatic("/etc/passwd"), "pause program")
+}
+
+// A shim that was killed may still be listening for a moment when containerd cleans up
+// after it.
+func TestSocketsOfADeadShim(t *testing.T) {
+	ctx := namespaces.WithNamespace(t.Context(), "test")
+	sockets := t.TempDir()
+	t.Chdir(t.TempDir())
+	require.NoError(t, os.Symlink(sockets, "s"))
+	for _, debug := range []bool{false, true} {
+		address, err := socketAddress(ctx, "id", debug)
+		require.NoError(t, err)
+		l, err := shim.NewSocket(address)
+		require.NoError(t, err)
+		defer l.Close()
+	}
+	removeSockets(ctx, "id")
+	left, err := os.ReadDir(sockets)
+	require.NoError(t, err)
+	require.Empty(t, left)
 }
