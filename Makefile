@@ -170,7 +170,7 @@ line: ## try the patches on any version of containerd: VERSION=v2.5.0 (patches/R
 # What the demo and the tests run besides the binaries: runc, mount.fuse, a
 # static shell for the images, mke2fs for a file system without d_type, a C
 # compiler for the race detector.
-DEBIAN_PACKAGES := runc fuse3 busybox-static e2fsprogs git ca-certificates gcc libc6-dev
+DEBIAN_PACKAGES := runc fuse3 busybox-static e2fsprogs strace git ca-certificates gcc libc6-dev
 
 deps: ## install the Debian packages that the demo and the tests need
 	@missing=$$(for p in $(DEBIAN_PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \

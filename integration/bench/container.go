@@ -94,7 +94,7 @@ func (b *bench) containers(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	b.compare("create a container", "overlayfs", "s", created[guestPull], created[overlayfs], atMost(1))
+	b.compare("create a container", "overlayfs", "s", created[guestPull], created[overlayfs], atMost(0.75))
 	b.compare("create a container", stock, "s", created[guestPull], created[stock], nil)
 	b.compareSubject(stock, "create a container", "overlayfs", "s", created[stock], created[overlayfs], nil)
 

@@ -25,6 +25,9 @@
 //   - layers.go: preparing a layer, and how that grows with the node
 //   - pull.go: pulls over CRI, and what they take from the registry
 //   - container.go: containers over CRI, disk space
+//   - waits.go: how often containerd waits for the disk
+//   - full.go: a node with many images and containers
+//   - pods.go: many pods at once
 //   - gc.go: garbage collection
 //   - daemon.go: memory, start and size of containerd
 //   - helper.go: the mount helper
@@ -70,6 +73,13 @@ type scale struct {
 	memoryLayers, memoryContainers int
 
 	helperRounds int
+
+	waitPulls  []int // layers of the images
+	waitRounds int
+
+	fullImages, fullContainers, callRounds int
+
+	pods, podRounds int
 }
 
 var (
@@ -87,6 +97,11 @@ var (
 		settle:          2 * time.Second,
 		memoryLayers:    10_000, memoryContainers: 1000,
 		helperRounds: 100,
+		waitPulls:    []int{1, 5, 20},
+		waitRounds:   5,
+		fullImages:   1000, fullContainers: 200,
+		callRounds: 20,
+		pods:       100, podRounds: 3,
 	}
 	short = scale{
 		layerRounds:     2,
@@ -102,6 +117,11 @@ var (
 		settle:          100 * time.Millisecond,
 		memoryLayers:    200, memoryContainers: 10,
 		helperRounds: 3,
+		waitPulls:    []int{1, 20},
+		waitRounds:   1,
+		fullImages:   20, fullContainers: 4,
+		callRounds: 2,
+		pods:       4, podRounds: 1,
 	}
 )
 
@@ -128,7 +148,7 @@ func main() {
 	}
 	isShort := flag.Bool("short", false, "measure little, to see that everything works")
 	out := flag.String("out", "", "the directory for results.md, results.json and pictures/; empty for none")
-	only := flag.String("only", "", "which measurements to make: some of helper,layers,growth,gc,daemons,pulls,containers")
+	only := flag.String("only", "", "which measurements to make: some of helper,layers,growth,gc,daemons,pulls,containers,waits,full,pods")
 	flag.Parse()
 	// Everything is cleaned up on Ctrl-C as well.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -187,6 +207,9 @@ func measure(ctx context.Context, r *report, s scale, only string) (err error) {
 		{"growth", b.growth},
 		{"pulls", b.onNode(b.pulls)},
 		{"containers", b.onNode(b.containers)},
+		{"waits", b.onNode(b.waits)},
+		{"full", b.full},
+		{"pods", b.pods},
 		{"gc", b.gc},
 		{"daemons", b.daemons},
 		{"helper", b.helper},

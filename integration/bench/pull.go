@@ -23,11 +23,13 @@ import (
 	"io"
 	"io/fs"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	bolt "go.etcd.io/bbolt"
 
 	"github.com/guest-pull/guest-pull-snapshotter/integration/harness"
 	"github.com/guest-pull/guest-pull-snapshotter/integration/images"
@@ -87,16 +89,18 @@ func (b *bench) pulls(ctx context.Context) error {
 		}
 		what := fmt.Sprintf("pull an image of %s, %.0f MiB", plural(layers), float64(size)/(1<<20))
 		b.compare(what, "overlayfs on the same containerd", "s", r[guestPull], r[overlayfs], nil)
-		var t *target
-		if layers == 60 {
-			t = atMost(1.5)
-		}
+		t := map[int]*target{1: atMost(4), 5: atMost(2.5), 60: atMost(1.5)}[layers]
 		b.compare(what, "plain HTTP fetch of manifest and config, plus the metadata store alone, layer by layer", "s",
 			r[guestPull], each(sum, r["http"], r[nothing]), t)
 		ours.Points = append(ours.Points, point{float64(layers), summarize(each(over, r[guestPull], r["http"]))})
 		theirs.Points = append(theirs.Points, point{float64(layers), summarize(each(over, r[overlayfs], r["http"]))})
 		if err := b.traffic(ctx, img); err != nil {
 			return err
+		}
+		if layers >= layersPerImage {
+			if err := b.records(ctx, img); err != nil {
+				return err
+			}
 		}
 	}
 	b.Curves = append(b.Curves, ours, theirs)
@@ -184,6 +188,79 @@ func (b *bench) traffic(ctx context.Context, img remoteImage) error {
 	b.compare(fmt.Sprintf("all requests for %s", plural(img.layers)), "manifest and config", "requests",
 		series{float64(len(log))}, series{2}, nil)
 	return nil
+}
+
+// records measures what containerd's database keeps of each layer of an image: the bytes
+// of all keys and values.
+func (b *bench) records(ctx context.Context, img remoteImage) error {
+	perLayer := map[string]float64{}
+	for snapshotter, handler := range map[string]string{guestPull: harness.Guest, overlayfs: harness.Runc} {
+		if _, err := b.node.Pull(ctx, harness.PullSpec{Image: img.ref, Handler: handler, Hint: harness.HintImageSpec}); err != nil {
+			return err
+		}
+		if err := b.node.GC(ctx); err != nil { // containerd writes nothing after that
+			return err
+		}
+		size, layers, err := b.recorded(snapshotter)
+		if err := errors.Join(err, b.forget(ctx, img)); err != nil {
+			return err
+		}
+		if layers != img.layers {
+			return fmt.Errorf("containerd has recorded %d layers for %s, not %d", layers, snapshotter, img.layers)
+		}
+		perLayer[snapshotter] = size / float64(layers)
+	}
+	b.compare(fmt.Sprintf("record of a layer in containerd's database, image of %s", plural(img.layers)), "overlayfs on the same containerd", "B",
+		series{perLayer[guestPull]}, series{perLayer[overlayfs]}, atMost(1))
+	return nil
+}
+
+// recorded returns the bytes and the number of the snapshots that are recorded for a
+// snapshotter, in a copy of the database, as containerd has it open.
+func (b *bench) recorded(snapshotter string) (bytes float64, snapshots int, err error) {
+	data, err := os.ReadFile(filepath.Join(b.node.Root(), "io.containerd.metadata.v1.bolt", "meta.db"))
+	if err != nil {
+		return 0, 0, err
+	}
+	path := filepath.Join(b.dir, "recorded.db")
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		return 0, 0, err
+	}
+	db, err := bolt.Open(path, 0o600, &bolt.Options{ReadOnly: true})
+	if err != nil {
+		return 0, 0, err
+	}
+	defer func() { err = errors.Join(err, db.Close(), os.Remove(path)) }()
+	var size func(*bolt.Bucket) error
+	size = func(bkt *bolt.Bucket) error {
+		return bkt.ForEach(func(k, v []byte) error {
+			bytes += float64(len(k) + len(v))
+			if v == nil {
+				return size(bkt.Bucket(k))
+			}
+			return nil
+		})
+	}
+	err = db.View(func(tx *bolt.Tx) error {
+		bkt := tx.Bucket([]byte("v1"))
+		for _, name := range []string{harness.CRINamespace, "snapshots", snapshotter} {
+			if bkt == nil {
+				break
+			}
+			bkt = bkt.Bucket([]byte(name))
+		}
+		if bkt == nil {
+			return nil
+		}
+		if err := bkt.ForEachBucket(func([]byte) error {
+			snapshots++
+			return nil
+		}); err != nil {
+			return err
+		}
+		return size(bkt)
+	})
+	return bytes, snapshots, err
 }
 
 // noLayers fails if the host asked for a layer.

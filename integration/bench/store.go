@@ -37,6 +37,7 @@ import (
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	bolt "go.etcd.io/bbolt"
 
 	"github.com/guest-pull/guest-pull-snapshotter/integration/harness"
@@ -143,22 +144,25 @@ func namespace(ctx context.Context) context.Context {
 // image is the names of an image's layers and what CRI's unpacker labels them
 // with (containerd, core/unpack/unpacker.go).
 type image struct {
-	chain  []string
-	labels []map[string]string
+	diffIDs []digest.Digest
+	chain   []string
+	labels  []map[string]string
 }
 
 func newImage(name string, layers int) image {
 	var i image
 	for l := range layers {
-		chainID := digest.FromString(name + " chain " + strconv.Itoa(l)).String()
+		i.diffIDs = append(i.diffIDs, digest.FromString(name+" diff "+strconv.Itoa(l)))
+	}
+	for l, chainID := range identity.ChainIDs(slices.Clone(i.diffIDs)) {
 		labels := map[string]string{
-			snapshots.LabelSnapshotRef:    chainID,
-			snapshots.LabelSnapshotDiffID: digest.FromString(name + " diff " + strconv.Itoa(l)).String(),
+			snapshots.LabelSnapshotRef:    chainID.String(),
+			snapshots.LabelSnapshotDiffID: i.diffIDs[l].String(),
 		}
 		if l > 0 {
 			labels["containerd.io/snapshot/parent-chain-id"] = i.chain[l-1]
 		}
-		i.chain, i.labels = append(i.chain, chainID), append(i.labels, labels)
+		i.chain, i.labels = append(i.chain, chainID.String()), append(i.labels, labels)
 	}
 	return i
 }

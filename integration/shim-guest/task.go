@@ -86,7 +86,7 @@ func init() {
 			if err != nil {
 				return nil, err
 			}
-			s := &service{TTRPCTaskService: inner, guest: g, containers: map[string]struct{}{}}
+			s := &service{TTRPCTaskService: &idleTasks{TTRPCTaskService: inner}, guest: g, containers: map[string]struct{}{}}
 			s.sandbox = newSandbox(ss.(shutdown.Service), s.killAll)
 			return s, nil
 		},
@@ -121,6 +121,9 @@ func (s *service) Create(ctx context.Context, r *taskAPI.CreateTaskRequest) (_ *
 	sandboxID, sandboxConfig, machine := s.sandbox.own()
 	if sandboxID != "" {
 		cfg = sandboxConfig
+	}
+	if cfg.Idle {
+		return s.TTRPCTaskService.(*idleTasks).createIdle(r.ID), nil
 	}
 	if r.Options, err = typeurl.MarshalAnyToProto(runcOptions); err != nil {
 		return nil, errgrpc.ToGRPC(err)

@@ -49,6 +49,10 @@ type Config struct {
 	// Flavour defaults to FlavourGo.
 	Flavour Flavour `json:"flavour,omitempty"`
 
+	// Idle makes a guest that does nothing: each container is created, started and
+	// ended in name only. It is for measurements of what containerd does itself.
+	Idle bool `json:"idle,omitempty"`
+
 	// RecordDir is an absolute path where each created container leaves a
 	// Record, at <namespace>/<container ID>.json. Empty: no records.
 	RecordDir string `json:"record_dir,omitempty"`
