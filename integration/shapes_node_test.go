@@ -374,8 +374,7 @@ func (u *imageUse) runcPod(ctx context.Context, p shapePod) error {
 	last := errs[len(errs)-1]
 	switch {
 	case p.Policy == harness.Never && !u.onHost:
-		// All layers may be those of the image that is there for volumes.
-		if last == nil && (u.c.Image.More > 0 || u.c.Image.SameTwice) {
+		if last == nil && !u.isOfImagesThatStay() {
 			return &shapeError{"a pod on the host runs without an image", errors.New("pull policy Never")}
 		}
 		return nil
@@ -389,6 +388,14 @@ func (u *imageUse) runcPod(ctx context.Context, p shapePod) error {
 	u.onHost = u.onHost || last == nil
 	u.failed = u.failed || last != nil
 	return nil
+}
+
+// isOfImagesThatStay reports whether the host may have all layers because the images
+// that stay have them: the lowest one is theirs, unpacked; the same again, on top of
+// it, can be unpacked if one of them came in the same encoding.
+func (u *imageUse) isOfImagesThatStay() bool {
+	return u.c.Image.More == 0 && (!u.c.Image.SameTwice ||
+		slices.ContainsFunc(u.content.Layers, func(d string) bool { return slices.Contains(u.shared, d) }))
 }
 
 // attempts makes kubelet's attempts to start a container in a new pod, three at
