@@ -482,6 +482,59 @@ func TestUsersComeBack(t *testing.T) {
 	create(runPod(t, n, harness.PodSpec{Handler: harness.Guest}), img.Ref, want)
 }
 
+// An image that was pulled, but not for this handler, has no users on the host. A client
+// that creates a container of it all the same is told that this is the cause, and each
+// way out that the error names is one.
+func TestUsersOfAnImagePulledForNobody(t *testing.T) {
+	ctx := t.Context()
+	n, reg := newUsersNode(t, harness.Options{})
+	pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
+	for name, wayOut := range map[string]struct {
+		said string
+		do   func(img image) error
+	}{
+		"kubelet": {"kubelet does so when it next tries to start the container, unless the pod's imagePullPolicy is Never", func(img image) error {
+			_, err := pod.EnsureImage(ctx, img.Ref, harness.IfNotPresent, nil)
+			return err
+		}},
+		"crictl": {"crictl does with pull --pod-config", func(img image) error {
+			_, err := pod.Pull(ctx, img.Ref)
+			return err
+		}},
+		"ctr": {"ctr with -n k8s.io images pull --snapshotter guest-pull", func(img image) error {
+			_, err := n.Ctr(ctx, "-n", "k8s.io", "images", "pull", "--plain-http", "--snapshotter", "guest-pull", img.Ref)
+			return err
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			// Each with users of its own: they are kept for all images with the same layers.
+			img := push(t, reg, images.Spec{Name: name, User: "nginx", Passwd: somePasswd + name + ":x:300:300::/:\n", Group: someGroup})
+			// As "crictl pull" does.
+			id, err := n.Pull(ctx, harness.PullSpec{Image: img.Ref})
+			require.NoError(t, err)
+			create := func() (string, error) {
+				c, err := pod.CreateFrom(ctx, &runtimeapi.ContainerConfig{
+					Metadata: &runtimeapi.ContainerMetadata{Name: name},
+					Image:    &runtimeapi.ImageSpec{Image: id},
+					Linux:    &runtimeapi.LinuxContainerConfig{},
+				})
+				if err != nil {
+					return "", err
+				}
+				return processUser(ctx, n, c.ID)
+			}
+			_, err = create()
+			for _, s := range []string{img.Ref, `snapshotter "guest-pull"`, "by a client that did not say for which pod", "has to be pulled again", wayOut.said} {
+				require.ErrorContains(t, err, s)
+			}
+			require.NoError(t, wayOut.do(img))
+			got, err := create()
+			require.NoError(t, err)
+			require.JSONEq(t, `{"uid":101,"gid":102,"additionalGids":[4,102,103]}`, got)
+		})
+	}
+}
+
 // An administrator's list serves every image whose own users are not known, be it
 // encrypted, and needs neither the network nor a patch.
 func TestListedUsers(t *testing.T) {

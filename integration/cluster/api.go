@@ -158,6 +158,16 @@ func (a *API) Pod(ctx context.Context, name string) (*corev1.Pod, error) {
 	return &p, a.do(ctx, http.MethodGet, core+"/pods/"+name, nil, &p)
 }
 
+// Debug adds an ephemeral container to a pod, as kubectl debug does.
+func (a *API) Debug(ctx context.Context, pod string, c corev1.EphemeralContainer) error {
+	p, err := a.Pod(ctx, pod)
+	if err != nil {
+		return err
+	}
+	p.Spec.EphemeralContainers = append(p.Spec.EphemeralContainers, c)
+	return a.do(ctx, http.MethodPut, core+"/pods/"+pod+"/ephemeralcontainers", p, p)
+}
+
 // Pods returns the pods of a node.
 func (a *API) Pods(ctx context.Context, node string) ([]corev1.Pod, error) {
 	var l corev1.PodList

@@ -102,9 +102,10 @@ func TestSeveralAtOnce(t *testing.T) {
 // security context, and never root's because something was not found: kubelet
 // takes an image that it does not find for one of root's. Kubelet passes on an
 // image's uid, not its group, so containerd looks into the image for the group
-// and for supplementary ones. Where the host has none of the image, they are as
-// under runc with resolve_users; else the group is that of USER, and it is 0 and
-// the others are missing only if neither USER nor the pod gives them.
+// and for supplementary ones. Where the host has the image, for a runc pod, they are as
+// under runc, whatever the settings. Where it has none of it, they are so with
+// resolve_users; else the group is that of USER, and it is 0 and the others are missing
+// only if neither USER nor the pod gives them.
 func TestUsers(t *testing.T) {
 	yes := true
 	i64 := func(i int64) *int64 { return &i }
@@ -114,8 +115,9 @@ func TestUsers(t *testing.T) {
 		// runAsGroup is the container's: containerd refuses that of a pod that
 		// does not give runAsUser too.
 		runAsGroup *int64
-		// uid:gid and all groups, under runc, in a guest by default, and in a guest
-		// with resolve_users if that is not as under runc.
+		// uid:gid and all groups, under runc, and, where the host does not have the
+		// image, in a guest by default, and in a guest with resolve_users if that is
+		// not as under runc.
 		runc, guest, resolved string
 	}{
 		{name: "root", what: "no USER", runc: "0:0 0", guest: "0:0 0"},
@@ -152,11 +154,11 @@ func TestUsers(t *testing.T) {
 					continue // see below
 				}
 				t.Run(c.name, func(t *testing.T) {
-					outcome := "as under runc"
+					outcome := "both orders: as under runc"
 					if c.guest != c.runc {
-						outcome = c.guest + ", under runc " + c.runc
+						outcome = "first guest: " + c.guest + ", under runc, and in a guest after it, " + c.runc
 					}
-					record(t, compatibility, fmt.Sprintf("users, resolve_users %s: %s, both orders: %s", resolve, c.what, outcome))
+					record(t, compatibility, fmt.Sprintf("users, resolve_users %s: %s, %s", resolve, c.what, outcome))
 					for _, order := range [][]string{{harness.Guest, harness.Runc}, {harness.Runc, harness.Guest}} {
 						img := n.push(t, images.Spec{Name: c.name + "-" + order[0] + "-first", Layers: 2, User: c.user})
 						for _, handler := range order {
@@ -167,7 +169,7 @@ func TestUsers(t *testing.T) {
 							p.Spec.Containers[0].VolumeMounts = []corev1.VolumeMount{{Name: "shared", MountPath: "/shared"}}
 							n.run(t, p)
 							want := c.runc
-							if handler == harness.Guest {
+							if order[0] == harness.Guest && handler == harness.Guest {
 								want = c.guest
 							}
 							require.Equal(t, want, ids(t, n, p.Name), "of %s", p.Name)
