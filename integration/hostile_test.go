@@ -112,13 +112,21 @@ func TestPauseImageIsNotRead(t *testing.T) {
 // rewritten pushes an image whose layers are described in another way.
 func rewritten(t *testing.T, reg *registry.Registry, img image, as string, edit func(i int, layer map[string]any)) image {
 	t.Helper()
+	return rewrittenManifest(t, reg, img, as, func(m map[string]any) {
+		for i, l := range m["layers"].([]any) {
+			edit(i, l.(map[string]any))
+		}
+	})
+}
+
+// rewrittenManifest is rewritten for all of the manifest.
+func rewrittenManifest(t *testing.T, reg *registry.Registry, img image, as string, edit func(manifest map[string]any)) image {
+	t.Helper()
 	raw, err := img.RawManifest()
 	require.NoError(t, err)
 	var m map[string]any
 	require.NoError(t, json.Unmarshal(raw, &m))
-	for i, l := range m["layers"].([]any) {
-		edit(i, l.(map[string]any))
-	}
+	edit(m)
 	raw, err = json.Marshal(m)
 	require.NoError(t, err)
 	mediaType, err := img.MediaType()

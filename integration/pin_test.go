@@ -113,6 +113,15 @@ func TestPinImageDigest(t *testing.T) {
 	c = run(t, pod, harness.ContainerSpec{Image: reg.Ref("second:1"), PullPolicy: harness.Always})
 	requirePulled(t, n, c, reg.Ref("second@"+first.String()), img)
 
+	// A manifest that containerd writes anew, under another digest than the registry's.
+	typeless := rewrittenManifest(t, reg, img, "typeless", func(m map[string]any) {
+		m["config"].(map[string]any)["mediaType"] = "application/octet-stream"
+	})
+	_, err = pod.Create(t.Context(), harness.ContainerSpec{Image: typeless.Ref})
+	require.ErrorContains(t, err, "no registry has "+reg.Ref("typeless@sha256:"))
+	require.ErrorContains(t, err, "application/octet-stream of its config")
+	require.ErrorContains(t, err, "pin_image_digest")
+
 	// A name that no registry was asked for.
 	_, err = n.Ctr(t.Context(), "-n", harness.CRINamespace, "images", "tag", pinned, "imported.example/app:1")
 	require.NoError(t, err)
