@@ -51,7 +51,7 @@ func requirePulled(t *testing.T, n *harness.Node, c *harness.Container, name str
 
 // With pin_image_digest a guest is told the digest that the host resolved for the
 // pod: the tag may have moved on, or be another's by now.
-func TestPinImageDigest(t *testing.T) {
+func TestPatchPinImageDigest(t *testing.T) {
 	n, reg := newNode(t, harness.Options{ExtraConfig: `[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.guest]
   pin_image_digest = true
 `})
@@ -151,7 +151,7 @@ func requireDescribed(t *testing.T, n *harness.Node, c *harness.Container, img i
 }
 
 // What the guest can check it is given, and a pod's author cannot change it.
-func TestImageDescribed(t *testing.T) {
+func TestPatchImageDescribed(t *testing.T) {
 	n, reg := newNode(t, harness.Options{})
 	if !hasPatch(n, "0020") || !n.StandIn() {
 		t.Skip("this containerd does not say what image it is, or RUNTIME names a guest that keeps no record")
