@@ -39,6 +39,12 @@ func databasePath(root string) string { return filepath.Join(root, "metadata.db"
 
 // newMetaStore returns the store of containers' snapshots. It opens the database
 // only when it is first used.
+//
+// Its changes are synced to the disk, for a container survives a loss of power although
+// its processes do not: containerd's metadata has it, and who is no kubelet starts it
+// again on the snapshot that it had (containerd, core/runtime/restart; nerdctl run
+// --restart). Directories are not synced: a guest's is made again (Mounts), and one that
+// came too early is removed (tryOpen).
 func newMetaStore(root string) (*storage.MetaStore, error) {
 	return storage.NewMetaStore(databasePath(root), func(o *bolt.Options) error {
 		// The daemon that this plugin replaces may still be running.

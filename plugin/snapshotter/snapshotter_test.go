@@ -17,6 +17,7 @@
 package snapshotter
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -178,6 +179,27 @@ func TestGarbageCollection(t *testing.T) {
 	require.NoError(t, ms.Walk(ctx, func(_ context.Context, i snapshots.Info) error {
 		return fmt.Errorf("%s is left", i.Name)
 	}))
+}
+
+// A garbage collection removes directories and commits nothing: each commit of the
+// database waits for the disk twice.
+func TestCleanupCommitsNothing(t *testing.T) {
+	root := t.TempDir()
+	ctx := t.Context()
+	s := newSnapshotter(t, root, Config{})
+	for _, key := range []string{"k8s.io/1/kept", "k8s.io/2/removed"} {
+		_, err := s.Prepare(ctx, key, chain("image", 2)[1])
+		require.NoError(t, err)
+	}
+	require.NoError(t, s.Remove(ctx, "k8s.io/2/removed"))
+	require.Len(t, directories(t, root), 2)
+	before, err := os.ReadFile(databasePath(root))
+	require.NoError(t, err)
+	require.NoError(t, s.(snapshots.Cleaner).Cleanup(ctx))
+	require.Len(t, directories(t, root), 1)
+	after, err := os.ReadFile(databasePath(root))
+	require.NoError(t, err)
+	require.True(t, bytes.Equal(before, after), "the database was written")
 }
 
 func decode(t *testing.T, m mount.Mount) volume.Volume {
