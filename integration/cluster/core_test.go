@@ -16,6 +16,7 @@ limitations under the License.
 package cluster_test
 
 import (
+	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -24,6 +25,7 @@ import (
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
 
+	"github.com/guest-pull/guest-pull-snapshotter/integration/cluster"
 	"github.com/guest-pull/guest-pull-snapshotter/integration/harness"
 	"github.com/guest-pull/guest-pull-snapshotter/integration/images"
 	"github.com/guest-pull/guest-pull-snapshotter/integration/registry"
@@ -187,6 +189,37 @@ func TestCorePauseImage(t *testing.T) {
 			}
 		})
 	}
+}
+
+// An image volume is unpacked on the host. A pod on the host has it. For a pod in a
+// guest it is refused, and the pod's event says why: nothing of it is fetched, and no
+// container starts on an empty directory.
+func TestCoreImageVolume(t *testing.T) {
+	versions, err := cluster.Binaries(os.Getenv(binariesEnv)).Versions(t.Context())
+	require.NoError(t, err)
+	if version := versions["kubelet"]; strings.HasPrefix(version, "1.34.") && !featureGates(t)["ImageVolume"] {
+		t.Skipf("kubelet %s has image volumes with the feature gate ImageVolume only", version)
+	}
+	record(t, compatibility, "an image volume: a runc pod has it, a guest pod's event says that it is refused")
+	n := newNode(t, options{})
+	pod := func(handler string) (*corev1.Pod, image) {
+		data := n.push(t, images.Spec{Name: "data-of-" + handler, Layers: 2})
+		c := main(n.push(t, images.Spec{Name: "with-data-" + handler}))
+		c.VolumeMounts = []corev1.VolumeMount{{Name: "data", MountPath: "/data"}}
+		p := n.Pod("volume-"+handler, handler, c)
+		p.Spec.Volumes = []corev1.Volume{{Name: "data", VolumeSource: corev1.VolumeSource{Image: &corev1.ImageVolumeSource{Reference: data.Ref}}}}
+		return p, data
+	}
+	p, data := pod(harness.Runc)
+	n.run(t, p)
+	require.Equal(t, data.Name+"\n", n.exec(t, p.Name, "main", "cat", "/data/etc/image-name"))
+	p, data = pod(harness.Guest)
+	n.create(t, p)
+	n.waitEvent(t, p.Name, "Warning", "image volume", data.Ref, "off the host")
+	require.Empty(t, n.reg.Log().Of(registry.Layer).In(data.Name), "layers of the volume")
+	got, err := control.API.Pod(t.Context(), p.Name)
+	require.NoError(t, err)
+	require.False(t, isReady(got))
 }
 
 // Containerd is killed while pods of both kinds deploy and run.
