@@ -87,17 +87,21 @@ func (b builder) try(ctx context.Context, version string, w io.Writer) error {
 	return report(w, attempts)
 }
 
-// download gets a version of a module that go.mod does not name.
+// download gets a version of a module that go.mod does not name. With -json the go
+// command says there, and not on standard error, what went wrong.
 func download(ctx context.Context, modulePath, version string) (*module, error) {
-	out, err := command(ctx, "", nil, "go", "mod", "download", "-json", modulePath+"@"+version)
-	if err != nil {
-		return nil, err
+	out, _, err := outputs(ctx, "", nil, "go", "mod", "download", "-json", modulePath+"@"+version)
+	m := struct {
+		module
+		Error string
+	}{}
+	if jsonErr := json.Unmarshal(out, &m); err == nil && jsonErr != nil {
+		return nil, fmt.Errorf("read the output of go mod download: %w", jsonErr)
 	}
-	m := &module{}
-	if err := json.Unmarshal(out, m); err != nil {
-		return nil, fmt.Errorf("read the output of go mod download: %w", err)
+	if m.Error != "" {
+		return nil, fmt.Errorf("go mod download: %s", m.Error)
 	}
-	return m, nil
+	return &m.module, err
 }
 
 var offsetHunk = regexp.MustCompile(`(?m)^Hunk #[0-9]+ succeeded at `)

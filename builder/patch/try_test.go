@@ -128,8 +128,10 @@ func TestTry(t *testing.T) {
 	})
 	args := []string{"-module=example.com/greeter/v2", "-patches=patches", "-try=v2.5.0"}
 	serve(t, "v2.5.0", "\n// Something new.\n")
+	err := run(t.Context(), []string{args[0], args[1], "-try=v2.6.0"}, &bytes.Buffer{})
+	require.ErrorContains(t, err, "v2.6.0.info", "nothing of why it cannot be had")
 	var out bytes.Buffer
-	err := run(t.Context(), args, &out)
+	err = run(t.Context(), args, &out)
 	require.ErrorIs(t, err, errTry)
 	assert.ErrorContains(t, err, "3 of 5")
 	text := out.String()
