@@ -23,10 +23,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc/codes"
 	grpcstatus "google.golang.org/grpc/status"
@@ -405,4 +408,61 @@ func TestPatchRefuseUnresolvedUsers(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, c.Start(ctx))
 	require.NoError(t, checkUser(ctx, c, "1000"))
+}
+
+// The lease of a sandbox holds its containers' snapshots, but only those of containers
+// that there are: a pod lives long, and its containers may be made again and again.
+func TestPatchSandboxLease(t *testing.T) {
+	eachContainerd(t, func(t *testing.T, binaries string) {
+		n, reg := newMixedNode(t, harness.Options{Binaries: binaries})
+		ctx := harness.CRI(t.Context())
+		good := push(t, reg, images.Spec{Name: "good", Layers: 2})
+		named := push(t, reg, images.Spec{Name: "named", User: "app"})
+		pod := runPod(t, n, harness.PodSpec{Handler: harness.Guest})
+		other := runPod(t, n, harness.PodSpec{Handler: harness.Runc})
+		held := func(pod *harness.Pod) (ids []string) {
+			t.Helper()
+			require.NoError(t, n.GC(t.Context()))
+			all, err := n.Client.LeasesService().List(ctx)
+			require.NoError(t, err)
+			require.Len(t, all, 2, "no leases but those of the sandboxes")
+			resources, err := n.Client.LeasesService().ListResources(ctx, leases.Lease{ID: pod.ID})
+			require.NoError(t, err)
+			for _, r := range resources {
+				ids = append(ids, r.ID)
+			}
+			return ids
+		}
+		expect := func(ids ...string) (err error) {
+			t.Helper()
+			if got := held(pod); !slices.Equal(slices.Sorted(slices.Values(got)), slices.Sorted(slices.Values(ids))) {
+				err = fmt.Errorf("the sandbox's lease has %q, not %q", got, ids)
+			}
+			return err
+		}
+		c := run(t, pod, harness.ContainerSpec{Image: good.Ref})
+		requireFixed(t, n, "0022", expect(pod.ID, c.ID), "the sandbox's lease has")
+		onHost := run(t, other, harness.ContainerSpec{Image: push(t, reg, images.Spec{Name: "other"}).Ref})
+		require.Empty(t, held(other), "for runc, all is as it was")
+		require.NoError(t, onHost.Remove(t.Context()))
+		if !hasPatch(n, "0022") {
+			return
+		}
+		_, err := pod.Run(t.Context(), harness.ContainerSpec{Image: named.Ref})
+		require.ErrorContains(t, err, "app", "a user that the host does not know")
+		require.NoError(t, expect(pod.ID, c.ID))
+		all, err := n.Snapshots(ctx, harness.Snapshotter)
+		require.NoError(t, err)
+		active := 0
+		for _, s := range all {
+			if s.Kind == snapshots.KindActive {
+				active++
+			}
+		}
+		require.Equal(t, 2, active, "those of the sandbox and of its one container")
+		require.NoError(t, c.Remove(t.Context()))
+		require.NoError(t, expect(pod.ID))
+		require.NoError(t, pod.Remove(t.Context()))
+		require.NoError(t, other.Remove(t.Context()))
+	})
 }

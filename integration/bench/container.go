@@ -38,6 +38,10 @@ func (b *bench) containers(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	host, err := b.pushHost(containerImage)
+	if err != nil {
+		return err
+	}
 	unpatched, err := harness.Start(ctx, harness.Options{Registry: b.reg, Binaries: b.binaries.unpatched, ExtraConfig: quiet})
 	if err != nil {
 		return err
@@ -50,11 +54,11 @@ func (b *bench) containers(ctx context.Context) (err error) {
 	for _, c := range []struct {
 		name, handler string
 		node          *harness.Node
-	}{{guestPull, harness.Guest, b.node}, {overlayfs, harness.Runc, b.node}, {stock, harness.Guest, unpatched}} {
+		image         remoteImage
+	}{{guestPull, harness.Guest, b.node, img}, {overlayfs, harness.Runc, b.node, host}, {stock, harness.Guest, unpatched, img}} {
 		var made *creator
-		// The image was pulled neither for the one nor for the other yet.
 		use, err := b.added(ctx, func() error {
-			_, err := c.node.Pull(ctx, harness.PullSpec{Image: img.ref, Handler: c.handler, Hint: harness.HintImageSpec})
+			_, err := c.node.Pull(ctx, harness.PullSpec{Image: c.image.ref, Handler: c.handler, Hint: harness.HintImageSpec})
 			return err
 		})
 		if err != nil {
@@ -62,29 +66,16 @@ func (b *bench) containers(ctx context.Context) (err error) {
 		}
 		if c.node == b.node {
 			usages = append(usages, use)
-			if len(usages) == 1 {
-				// So that overlayfs does not find the manifest there.
-				if err := b.forget(ctx, img); err != nil {
-					return err
-				}
-			}
 		}
 		if made, err = newCreator(ctx, c.name, c.node, c.handler); err != nil {
+			return err
+		}
+		if err := made.prepare(ctx, c.image.ref); err != nil {
 			return err
 		}
 		creators = append(creators, made)
 	}
 	b.compareUsage(fmt.Sprintf("an image of %d layers", containerImage), usages[0], usages[1], nil)
-	// Again, now that nobody looks at the disk.
-	if _, err := b.node.Pull(ctx, harness.PullSpec{Image: img.ref, Handler: harness.Guest, Hint: harness.HintImageSpec}); err != nil {
-		return err
-	}
-	for _, c := range creators {
-		if err := c.prepare(ctx, img.ref); err != nil {
-			return err
-		}
-	}
-
 	var create, remove []contender
 	for _, c := range creators {
 		create = append(create, contender{c.name, func() (float64, error) { return c.create(ctx) }})
@@ -122,7 +113,7 @@ func (b *bench) containers(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	return b.forget(ctx, img)
+	return errors.Join(b.forget(ctx, img), b.forget(ctx, host))
 }
 
 // creator creates containers in a pod.

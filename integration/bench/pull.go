@@ -44,7 +44,17 @@ type remoteImage struct {
 }
 
 func (b *bench) push(layers int) (remoteImage, error) {
-	i := remoteImage{name: fmt.Sprintf("layers-%d", layers), layers: layers}
+	return b.pushAs(fmt.Sprintf("layers-%d", layers), layers)
+}
+
+// pushHost pushes an image for pods on the host, where one for guests has to be alone:
+// of an image that is on the host, containerd looks into it for the guest's users.
+func (b *bench) pushHost(layers int) (remoteImage, error) {
+	return b.pushAs(fmt.Sprintf("host-%d", layers), layers)
+}
+
+func (b *bench) pushAs(name string, layers int) (remoteImage, error) {
+	i := remoteImage{name: name, layers: layers}
 	img, err := images.Build(images.Spec{Name: i.name, Layers: layers, LayerSize: b.scale.layerSize})
 	if err != nil {
 		return i, err

@@ -87,13 +87,15 @@ func (b *bench) waits(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	host, err := b.pushHost(containerImage)
+	if err != nil {
+		return err
+	}
 	creators := map[*harness.Pod]*creator{}
 	for handler, pod := range pods {
-		if _, err := pod.Pull(ctx, img.ref); err != nil {
-			return err
-		}
+		of := map[string]remoteImage{harness.Guest: img, harness.Runc: host}[handler]
 		creators[pod] = &creator{name: handler, pod: pod}
-		if err := creators[pod].prepare(ctx, img.ref); err != nil {
+		if err := creators[pod].prepare(ctx, of.ref); err != nil {
 			return err
 		}
 	}
@@ -112,7 +114,7 @@ func (b *bench) waits(ctx context.Context) error {
 			return err
 		}
 	}
-	return b.forget(ctx, img)
+	return errors.Join(b.forget(ctx, img), b.forget(ctx, host))
 }
 
 // counts promises that something happens so often at most.
