@@ -93,6 +93,11 @@ type exception struct {
 // optional says that the exception is for what a machine lacks, and another has.
 func (e *exception) optional() bool { return strings.HasPrefix(e.reason, "machine:") }
 
+// excepted says that a case is in the list.
+func excepted(exceptions []*exception, suite, name string) bool {
+	return slices.ContainsFunc(exceptions, func(e *exception) bool { return e.matches(suite, name) })
+}
+
 // readExceptions reads the list: one a line, "<suite> <case> <reason>".
 func readExceptions(path string) ([]*exception, error) {
 	text, err := os.ReadFile(path)
