@@ -22,6 +22,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
 	"runtime"
 	"strings"
 
@@ -38,12 +39,15 @@ const (
 	critestTest   = "TestCRISuite"
 )
 
+// caseLabels are what a report adds to the name of a case, and a focus does not match.
+var caseLabels = regexp.MustCompile(`(_\\?\[\w+\\?\])+$`)
+
 // critestArgs are the flags for the cases that match a regular expression of go
 // test's.
 func critestArgs(expr string) []string {
 	args := []string{"-test.timeout=60m", "-ginkgo.v", "-ginkgo.no-color", "-ginkgo.timeout=55m", "-ginkgo.seed=1", "-ginkgo.junit-report=" + critestReport}
 	if expr != "" {
-		expr = strings.TrimSuffix(strings.TrimPrefix(expr, "^"), "$")
+		expr = caseLabels.ReplaceAllString(strings.TrimSuffix(strings.TrimPrefix(expr, "^"), "$"), "")
 		args = append(args, "-ginkgo.focus="+strings.ReplaceAll(expr, "_", "."))
 	}
 	return args

@@ -19,11 +19,23 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
 )
+
+// A case that is run again, by the name that it has in the report, is found.
+func TestCritestArgs(t *testing.T) {
+	for expr, focus := range map[string]string{
+		"Image_Volume": "Image.Volume",
+		"^" + regexp.QuoteMeta("NRI_plugin_should_receive_a_callback_[Serial]") + "$": "NRI.plugin.should.receive.a.callback",
+		"^" + regexp.QuoteMeta("Container_should_start_[a]_stop_[Conformance]") + "$": `Container.should.start.\[a\].stop`,
+	} {
+		require.Contains(t, critestArgs(expr), "-ginkgo.focus="+focus)
+	}
+}
 
 // A case that was left out by a focus is no case that was skipped: its result is that
 // of the run before.
