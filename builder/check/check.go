@@ -98,6 +98,12 @@ type Daemon struct {
 	// that one did not start, if so.
 	HasPlugin bool
 	PluginErr string
+	// HasCRI says whether it has the plugin that serves kubelet, and CRIErr why
+	// that one did not start, if so.
+	HasCRI bool
+	CRIErr string
+	// EnvErr is why its environment could not be read.
+	EnvErr error
 	// Images are those that guests pull.
 	Images []Image
 }
@@ -144,6 +150,7 @@ func Run(ctx context.Context, in Input) Report {
 	c.checkUnknownKeys()
 	c.checkProxyPlugin()
 	c.checkPlugin()
+	c.checkCRI()
 	c.checkRoot()
 	c.checkHelpers()
 	c.checkPatches()

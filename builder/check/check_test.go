@@ -71,7 +71,7 @@ func newNode(t *testing.T) *node {
 			return out, nil
 		},
 	}
-	n.in.Daemon = Daemon{Address: "/run/containerd/containerd.sock", Binary: "/usr/bin/containerd", HasPlugin: true}
+	n.in.Daemon = Daemon{Address: "/run/containerd/containerd.sock", Binary: "/usr/bin/containerd", HasPlugin: true, HasCRI: true}
 	n.in.Patches = []string{"0001-cri-x", "0004-fsview-read", "0013-transfer-honor-all-directories", "0014-cri-let-pulls-without-a-progress-timeout-end"}
 	n.program(shimFile, "ELF")
 	n.program("/usr/sbin/mount.fuse", "")
@@ -222,6 +222,22 @@ func TestFindings(t *testing.T) {
 			[]wanted{{Error, "plugin", []string{"disabled_plugins"}}}},
 		"plugin missing in the daemon": {func(n *node) { n.in.Daemon.HasPlugin = false },
 			[]wanted{{Error, "plugin", []string{"/usr/bin/containerd", "systemctl cat containerd"}}}},
+		"CRI disabled": {func(n *node) { n.config = "disabled_plugins = ['io.containerd.grpc.v1.cri']\n" + n.config },
+			[]wanted{{Error, "cri", []string{"io.containerd.grpc.v1.cri is in disabled_plugins"}}}},
+		"CRI's part disabled": {func(n *node) { n.config = "disabled_plugins = ['" + runtimeURI + "']\n" + n.config },
+			[]wanted{{Error, "cri", []string{"disabled_plugins"}}}},
+		"no CRI": {func(n *node) { n.in.Daemon.HasCRI = false }, []wanted{{Error, "cri", []string{"/usr/bin/containerd"}}}},
+		"CRI failed": {func(n *node) { n.in.Daemon.CRIErr = "no such option" },
+			[]wanted{{Error, "cri", []string{"no such option"}}}},
+		"a value with which CRI does not start": {func(n *node) {
+			n.set("MORE", "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.other]\nruntime_type = \"io.containerd.other.v2\"\nunresolved_users = \"deny\"\n")
+		}, []wanted{{Error, "cri", []string{`handler "other": unresolved_users = "deny"`, "refuse"}}}},
+		"a value with which it does": {func(n *node) {
+			n.set("MORE", "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.other]\nruntime_type = \"io.containerd.other.v2\"\nunresolved_users = \"refuse\"\n")
+		}, nil},
+		"a handler whose definition is gone": {func(n *node) {
+			n.set("MORE", "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.other]\nsnapshotter = \"guest-pull\"\n")
+		}, []wanted{{Error, "shim", []string{`handler "other" has no runtime_type`, "guest-pull disable other"}}}},
 		"plugin failed": {func(n *node) { n.in.Daemon.PluginErr = "database is damaged" },
 			[]wanted{{Error, "plugin", []string{"database is damaged"}}}},
 		"containerd not running": {func(n *node) { n.in.Daemon = Daemon{Address: "/run/c.sock", Err: os.ErrNotExist} },
@@ -521,6 +537,9 @@ func TestFindings(t *testing.T) {
 		"mirror": {func(n *node) {
 			n.write("/etc/containerd/certs.d/docker.io/hosts.toml", "server = \"https://registry-1.docker.io\"\n[host.\"https://mirror.example\"]\ncapabilities = [\"pull\"]\n")
 		}, []wanted{{Warning, "mirrors", []string{"docker.io", "https://mirror.example", "guest-pull guest-config"}}}},
+		"mirror with secrets": {func(n *node) {
+			n.write("/etc/containerd/certs.d/quay.io/hosts.toml", "server = \"https://u:secret@s.example/%zz\"\n[host.\"https://u:secret@mirror.example/v2/a?t=secret#secret\"]\n[host.\"u:secret@n.example\"]\n")
+		}, []wanted{{Warning, "mirrors", []string{"https://mirror.example/v2/a, n.example, (no URL)"}}}},
 		"mirror of everything": {func(n *node) {
 			n.write("/etc/containerd/certs.d/_default/hosts.toml", "[host.\"https://mirror.example\"]\n")
 		},

@@ -29,6 +29,7 @@ const (
 	imagesURI   = "io.containerd.cri.v1.images"
 	transferURI = "io.containerd.transfer.v1.local"
 	grpcURI     = "io.containerd.server.v1.grpc"
+	criURI      = "io.containerd.grpc.v1.cri"
 )
 
 // Config is the part that matters of containerd's effective configuration: all
@@ -122,8 +123,9 @@ type Runtime struct {
 	DisablePauseImagePull bool   `toml:"disable_pause_image_pull"`
 	// DisableLayerFetch exists in a containerd with the patch of that name.
 	DisableLayerFetch bool `toml:"disable_layer_fetch"`
-	// KeepImageDefinedVolumes likewise.
-	KeepImageDefinedVolumes bool `toml:"keep_image_defined_volumes"`
+	// KeepImageDefinedVolumes and UnresolvedUsers likewise.
+	KeepImageDefinedVolumes bool   `toml:"keep_image_defined_volumes"`
+	UnresolvedUsers         string `toml:"unresolved_users"`
 }
 
 const sandboxerShim = "shim"

@@ -150,6 +150,37 @@ func (c *checker) checkPlugin() {
 	}
 }
 
+// checkCRI finds a containerd that serves no kubelet. Docker's packages come with
+// CRI disabled, and a wrong value in the section of a handler ends all of CRI.
+func (c *checker) checkCRI() {
+	const check = "cri"
+	for _, uri := range []string{criURI, runtimeURI, imagesURI} {
+		if slices.Contains(c.Config.DisabledPlugins, uri) {
+			c.add(Error, check, uri+" is in disabled_plugins", "containerd does not serve kubelet, so no pod starts",
+				"remove it from disabled_plugins and restart containerd")
+			return
+		}
+	}
+	runtimes := c.Config.Plugins.Runtime.Containerd.Runtimes
+	for _, name := range slices.Sorted(maps.Keys(runtimes)) {
+		// As ValidateRuntimeConfig of CRI has it (internal/cri/config/config.go).
+		if u := runtimes[name].UnresolvedUsers; !slices.Contains([]string{"", "warn", "refuse"}, u) {
+			c.add(Error, check, fmt.Sprintf("handler %q: unresolved_users = %q", name, u), "CRI does not start with it, so no pod of any handler does",
+				fmt.Sprintf("set it to \"warn\" or \"refuse\" in %s, or remove it", section(runtimeURI, "containerd", "runtimes", name)))
+			return
+		}
+	}
+	switch d := c.Daemon; {
+	case d.Err != nil:
+	case !d.HasCRI:
+		c.add(Error, check, fmt.Sprintf("the running containerd (%s) does not have CRI", d.Binary), "it does not serve kubelet, so no pod starts",
+			"restart containerd, if its configuration was changed since; else it was built without CRI")
+	case d.CRIErr != "":
+		c.add(Error, check, "CRI did not start: "+d.CRIErr, "containerd does not serve kubelet, so no pod of any handler starts",
+			"do what the message says and restart containerd")
+	}
+}
+
 func (c *checker) checkRoot() {
 	root := c.Config.snapshotterRoot()
 	const check = "root"
@@ -261,6 +292,11 @@ func (c *checker) checkHandler(ctx context.Context, name string, r Runtime) {
 		c.add(Error, "runtime-platforms", fmt.Sprintf("handler %q: runtime_platforms says snapshotter = %q, the handler %q", name, used, Snapshotter),
 			"images are pulled into the one and containers started from the other: the image is unpacked on the host, or the container is not created",
 			fmt.Sprintf("set snapshotter = %q in %s", Snapshotter, platform))
+	}
+	if r.Type == "" && r.Path == "" {
+		c.add(Error, "shim", fmt.Sprintf("handler %q has no runtime_type", name), "no pod of the handler starts",
+			"if the file that had it is gone, as Kata was removed: containerd guest-pull disable "+name+"; else set it in "+section(runtimeURI, "containerd", "runtimes", name))
+		return
 	}
 	path, wanted := shimPath(c.Host, r, c.Daemon.Binary)
 	if path == "" {
@@ -397,14 +433,24 @@ func (c *checker) checkRegistries() {
 }
 
 func (c *checker) mirror(registry, where string, endpoints []string) {
-	// A URL can have a password in it.
-	for i, e := range endpoints {
-		if u, err := url.Parse(e); err == nil && u.User != nil {
-			u.User = nil
-			endpoints[i] = u.String()
+	// A URL can have a password in it, or a token.
+	var shown []string
+	for _, e := range endpoints {
+		scheme, rest, hasScheme := strings.Cut(e, "://")
+		if !hasScheme {
+			rest = e
+		}
+		u, err := url.Parse("//" + rest)
+		switch {
+		case err != nil:
+			shown = append(shown, "(no URL)")
+		case hasScheme:
+			shown = append(shown, scheme+"://"+u.Host+u.EscapedPath())
+		default:
+			shown = append(shown, u.Host+u.EscapedPath())
 		}
 	}
-	c.add(Warning, "mirrors", fmt.Sprintf("%s: images of %s are pulled from the mirror %s", where, registry, strings.Join(endpoints, ", ")),
+	c.add(Warning, "mirrors", fmt.Sprintf("%s: images of %s are pulled from the mirror %s", where, registry, strings.Join(shown, ", ")),
 		"a guest does not know the mirror: it asks "+registry+" itself, which may be unreachable, limit its pulls, or have another image under the tag",
 		tellGuest)
 }

@@ -79,6 +79,9 @@ and 0 otherwise.`,
 	},
 }
 
+// criID is the ID of the plugin that serves CRI.
+const criID = "cri"
+
 // grpcSection is the section of the plugin that serves containerd's socket.
 const grpcSection = "io.containerd.server.v1.grpc"
 
@@ -248,15 +251,19 @@ func askDaemon(ctx context.Context, address string) (check.Daemon, check.Host) {
 		return d, h
 	}
 	defer client.Close() //nolint:errcheck // it only read
-	all, err := client.IntrospectionService().Plugins(ctx, "type=="+string(plugins.SnapshotPlugin))
+	all, err := client.IntrospectionService().Plugins(ctx, "type=="+string(plugins.SnapshotPlugin)+",id=="+guestpull.ID, "type=="+string(plugins.GRPCPlugin)+",id=="+criID)
 	if err != nil {
 		d.Err = err
 		return d, h
 	}
 	for _, p := range all.GetPlugins() {
-		if p.ID == guestpull.ID {
+		switch p.ID {
+		case guestpull.ID:
 			d.HasPlugin = true
 			d.PluginErr = p.GetInitErr().GetMessage()
+		case criID:
+			d.HasCRI = true
+			d.CRIErr = p.GetInitErr().GetMessage()
 		}
 	}
 	server, err := client.IntrospectionService().Server(ctx)
@@ -281,7 +288,8 @@ func askDaemon(ctx context.Context, address string) (check.Daemon, check.Host) {
 		d.Binary = "process " + filepath.Base(proc)
 	}
 	d.Binary = strings.TrimSuffix(d.Binary, " (deleted)") // it was replaced since
-	if b, err := os.ReadFile(proc + "/environ"); err == nil {
+	b, err := os.ReadFile(proc + "/environ")
+	if d.EnvErr = err; err == nil {
 		h.Env = environment(strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00"))
 		h.Path = filepath.SplitList(h.Env["PATH"])
 		h.PathSource = "of the running containerd"
