@@ -19,6 +19,7 @@ package integration_test
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -263,7 +264,8 @@ func TestStatus(t *testing.T) {
 // taking it back is named, by the names that its owner knows.
 func TestEnable(t *testing.T) {
 	reg := newRegistry(t)
-	n := harness.New(t, harness.Options{Registry: reg, GuestSnapshotter: "overlayfs"})
+	n := harness.New(t, harness.Options{Registry: reg, GuestSnapshotter: "overlayfs",
+		ExtraConfig: fmt.Sprintf("[plugins.'io.containerd.cri.v1.runtime'.containerd]\ndefault_runtime_name = %q\n", harness.Guest)})
 	if !n.StandIn() {
 		t.Skip("RUNTIME names a guest that may run on what the host unpacks")
 	}
@@ -283,15 +285,18 @@ func TestEnable(t *testing.T) {
 	requireRuns(t, c, img)
 	requireInGuest(t, n, reg, c, img)
 	require.Empty(t, check(t, n).errors())
+	// A pod without a RuntimeClass is one of the handler, too, that is the default.
+	unnamed := runPod(t, n, harness.PodSpec{})
 
 	out, err = n.Containerd(t.Context(), "guest-pull", "disable", harness.Guest)
 	require.Error(t, err)
-	for _, inTheWay := range []string{pod.ID, pod.Config.GetMetadata().GetName(), "crictl rmi " + img.Ref} {
+	for _, inTheWay := range []string{unnamed.ID, pod.ID, pod.Config.GetMetadata().GetName(), "crictl rmi " + img.Ref} {
 		require.Contains(t, out, inTheWay)
 	}
 	require.FileExists(t, filepath.Join(n.Dir(), "conf.d/60-guest-pull-handlers.toml"))
 
 	require.NoError(t, pod.Remove(t.Context()))
+	require.NoError(t, unnamed.Remove(t.Context()))
 	out, err = n.Containerd(t.Context(), "guest-pull", "disable", harness.Guest)
 	require.NoError(t, err, out)
 	after, err := os.ReadFile(filepath.Join(n.Dir(), "config.toml"))

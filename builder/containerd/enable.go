@@ -18,6 +18,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -72,9 +73,20 @@ Nothing is restarted without --restart.`,
 		}
 		n := node(ctx, cmd)
 		n.Import = cmd.Bool("import")
-		change, err := n.Enable(cmd.Args().Slice(), enable.Handler{
-			RuntimeType: cmd.String("runtime-type"), KataConfig: cmd.String("kata-config"),
-		})
+		how := enable.Handler{RuntimeType: cmd.String("runtime-type"), KataConfig: cmd.String("kata-config")}
+		if how.KataConfig != "" {
+			// A shim reads it in a directory of its own.
+			var err error
+			if how.KataConfig, err = filepath.Abs(how.KataConfig); err != nil {
+				return err
+			}
+		}
+		unlock, err := n.Lock()
+		if err != nil {
+			return err
+		}
+		defer unlock()
+		change, err := n.Enable(cmd.Args().Slice(), how)
 		if err != nil {
 			return err
 		}
@@ -113,7 +125,13 @@ named, too: pods of other handlers pull them again.`,
 		if err := quiet(); err != nil {
 			return err
 		}
-		change, err := node(ctx, cmd).Disable(cmd.Args().Slice())
+		n := node(ctx, cmd)
+		unlock, err := n.Lock()
+		if err != nil {
+			return err
+		}
+		defer unlock()
+		change, err := n.Disable(cmd.Args().Slice())
 		if err != nil {
 			return err
 		}
@@ -123,7 +141,11 @@ named, too: pods of other handlers pull them again.`,
 			return nil
 		}
 		writeChange(w, change)
-		pods, err := inTheWay(ctx, w, daemonAddress(cmd, change.Before), change.Handlers)
+		handlers := change.Handlers
+		if b := change.Before; b != nil && slices.Contains(handlers, b.Plugins.Runtime.Containerd.DefaultRuntimeName) {
+			handlers = append(slices.Clone(handlers), "") // as CRI says of pods without a RuntimeClass
+		}
+		pods, err := inTheWay(ctx, w, daemonAddress(cmd, change.Before), handlers)
 		if err != nil {
 			return err
 		}
@@ -210,12 +232,12 @@ func apply(ctx context.Context, cmd *cli.Command, change enable.Change) error {
 	}
 	// A unit need not tell when it is ready.
 	for deadline := time.Now().Add(askTimeout); ; time.Sleep(100 * time.Millisecond) {
-		if daemon, _ = askDaemon(ctx, daemonAddress(cmd, change.After)); daemon.Err == nil && daemon.HasPlugin && daemon.PluginErr == "" {
+		if daemon, _ = askDaemon(ctx, daemonAddress(cmd, change.After)); daemon.Err == nil && daemon.HasPlugin && daemon.PluginErr == "" && daemon.HasCRI && daemon.CRIErr == "" {
 			fmt.Fprintf(w, "written, and %s was restarted\n", unit)
 			return nil
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("the files are written, and %s was restarted, but does not serve the snapshotter: see containerd guest-pull check", unit)
+			return fmt.Errorf("the files are written, and %s was restarted, but does not serve CRI with the snapshotter: see containerd guest-pull check", unit)
 		}
 	}
 }
@@ -255,7 +277,8 @@ func inTheWay(ctx context.Context, w io.Writer, address string, handlers []strin
 		return 0, fmt.Errorf("ask containerd at %s for its pods: %w", filepath.Clean(address), err)
 	}
 	for _, p := range pods {
-		fmt.Fprintf(w, "pod %s/%s of handler %s is on this node (%s)\n", p.GetMetadata().GetNamespace(), p.GetMetadata().GetName(), p.GetRuntimeHandler(), p.GetId())
+		fmt.Fprintf(w, "pod %s/%s of handler %s is on this node (%s)\n", p.GetMetadata().GetNamespace(), p.GetMetadata().GetName(),
+			cmp.Or(p.GetRuntimeHandler(), "(default)"), p.GetId())
 	}
 	s, err := status.Collect(ctx, client)
 	if err != nil {

@@ -24,6 +24,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/pelletier/go-toml/v2"
@@ -181,7 +182,9 @@ func TestEnableAndDisable(t *testing.T) {
 	assert.Contains(t, n.must("enable", "kata-a"), "nothing to change")
 	require.Equal(t, once, n.files())
 
-	n.must("enable", "kata-b", "kata-b")
+	out = n.must("enable", "kata-b", "kata-b")
+	// One that is killed in between leaves no import of a file that is not there.
+	require.Less(t, strings.Index(out, enable.Late), strings.Index(out, enable.DropIn))
 	require.Equal(t, map[string]string{
 		"kata-a": "io.containerd.kata-a.v2 guest-pull DIR/kata.toml",
 		"kata-b": "io.containerd.kata-b.v2 guest-pull linux/amd64 guest-pull",
@@ -191,8 +194,12 @@ func TestEnableAndDisable(t *testing.T) {
 	n.must("enable", "--runtime-type", "io.containerd.kata-b.v2", "--kata-config", filepath.Join(n.dir, "kata.toml"), "kata-c")
 	require.Equal(t, "io.containerd.kata-b.v2 guest-pull DIR/kata.toml", n.handlers()["kata-c"])
 	assert.Contains(t, n.must("enable", "kata-c"), "nothing to change", "one that it made itself")
+	// A path is that of the command's directory, and the shim has another.
+	t.Chdir(n.dir)
+	assert.Contains(t, n.must("enable", "--runtime-type", "io.containerd.kata-b.v2", "--kata-config", "kata.toml", "kata-c"), "nothing to change")
 
-	n.must("disable", "kata-b")
+	out = n.must("disable", "kata-b")
+	require.Less(t, strings.Index(out, enable.DropIn), strings.Index(out, enable.Late))
 	require.NotContains(t, n.files(), lateFile)
 	require.Equal(t, off["kata-b"], n.handlers()["kata-b"])
 	require.Equal(t, "io.containerd.kata-a.v2 guest-pull DIR/kata.toml", n.handlers()["kata-a"])
@@ -200,6 +207,28 @@ func TestEnableAndDisable(t *testing.T) {
 	require.Equal(t, before, n.files())
 	require.Equal(t, off, n.handlers())
 	assert.Contains(t, n.must("disable"), "nothing to change")
+}
+
+// Several at once take turns, and none undoes what another has done.
+func TestEnableAtOnce(t *testing.T) {
+	text, want := "version = 3\nimports = [\"conf.d/*.toml\"]\n", map[string]string{}
+	for i := range 6 {
+		text += fmt.Sprintf("[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.kata-%d]\n  runtime_type = \"io.containerd.kata-a.v2\"\n", i)
+		want[fmt.Sprintf("kata-%d", i)] = "io.containerd.kata-a.v2 guest-pull"
+	}
+	n := newConfigured(t, map[string]string{"etc/config.toml": text})
+	build(t, ours)
+	var running sync.WaitGroup
+	for name := range want {
+		running.Go(func() {
+			out, err := n.run("enable", name)
+			assert.NoError(t, err, out)
+		})
+	}
+	running.Wait()
+	require.Equal(t, want, n.handlers())
+	n.must("disable")
+	require.Equal(t, map[string]string{"etc/config.toml": text}, n.files())
 }
 
 // What cannot be done changes nothing and says why, and what to do.
@@ -216,9 +245,12 @@ func TestEnableRefuses(t *testing.T) {
 		"another type":          {args: []string{"enable", "--runtime-type", "io.containerd.kata.v2", "kata-a"}, says: `has runtime_type "io.containerd.kata-a.v2"`},
 		"bad name":              {args: []string{"enable", "--runtime-type", "io.containerd.kata-a.v2", "Kata A"}, says: "cannot be the name of a handler"},
 		"a table in the name":   {args: []string{"enable", "--runtime-type", "io.containerd.kata-a.v2", "x]\n[y"}, says: "cannot be the name of a handler"},
-		"runc":                  {args: []string{"enable", "runc"}, says: "runc has no guest"},
-		"no shim":               {args: []string{"enable", "--runtime-type", "io.containerd.kata-x.v2", "kata-x"}, says: "containerd-shim-kata-x-v2 is not found"},
-		"no TOML":               {files: map[string]string{"etc/config.toml": "version = "}, args: []string{"enable", "kata-a"}, says: "cannot load its configuration"},
+		"Kata's configuration of one that exists": {args: []string{"enable", "--kata-config", "/other.toml", "kata-a"}, says: "etc/config.toml), not by this command"},
+		"an import that is gone": {files: map[string]string{"etc/config.toml": strings.ReplaceAll(mainV2, "conf.d/*.toml", "gone.toml")},
+			args: []string{"enable", "kata-a"}, says: "cannot load its configuration as it is"},
+		"runc":    {args: []string{"enable", "runc"}, says: "runc has no guest"},
+		"no shim": {args: []string{"enable", "--runtime-type", "io.containerd.kata-x.v2", "kata-x"}, says: "containerd-shim-kata-x-v2 is not found"},
+		"no TOML": {files: map[string]string{"etc/config.toml": "version = "}, args: []string{"enable", "kata-a"}, says: "cannot load its configuration"},
 		"broken drop-in": {files: map[string]string{"etc/conf.d/x.toml": "version = 3\nroot = 7\n"},
 			args: []string{"enable", "kata-a"}, says: "cannot load its configuration"},
 		"not imported": {files: map[string]string{"etc/config.toml": strings.ReplaceAll(mainV2, `"conf.d/*.toml", `, "")},
@@ -242,6 +274,7 @@ func TestEnableRefuses(t *testing.T) {
 			out, err := n.run(c.args...)
 			require.Error(t, err, out)
 			assert.Contains(t, out, c.says)
+			assert.NotContains(t, out, os.TempDir()+"/guest-pull-", "where it was tried")
 			assert.Equal(t, before, n.files())
 		})
 	}

@@ -23,7 +23,8 @@
 //
 // Nothing is written before the result was loaded as containerd would load it:
 // [Node.Enable] and [Node.Disable] return a [Change] that has been tried in a
-// directory of its own; [Change.Apply] writes it.
+// directory of its own; [Change.Apply] writes it. [Node.Lock] keeps others from doing
+// the same in between.
 package enable
 
 import (
@@ -40,6 +41,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/pelletier/go-toml/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/guest-pull/guest-pull-snapshotter/builder/check"
 )
@@ -108,6 +110,32 @@ type Change struct {
 	Already []string
 }
 
+// Lock waits until no other process changes the node's configuration with this
+// package, and keeps others from it until the returned function is called. What was
+// returned by Enable and Disable is of use only as long.
+func (n Node) Lock() (unlock func(), err error) {
+	dir := filepath.Dir(n.Config)
+	for {
+		if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) || dir == filepath.Dir(dir) {
+			break
+		}
+		dir = filepath.Dir(dir)
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		if err = unix.Flock(int(d.Fd()), unix.LOCK_EX); !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("lock %s: %w", dir, err), d.Close())
+	}
+	return func() { d.Close() }, nil //nolint:errcheck // nothing was written to it
+}
+
 func (n Node) confD() string { return filepath.Join(filepath.Dir(n.Config), "conf.d") }
 
 // handlerName is what Kubernetes lets a RuntimeClass name as its handler
@@ -129,9 +157,9 @@ func (n Node) Enable(handlers []string, how Handler) (Change, error) {
 	if err != nil {
 		return Change{}, err
 	}
-	before, err := n.Load(n.Config)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return Change{}, fmt.Errorf("containerd cannot load its configuration as it is: %w: %w", err, errdefs.ErrFailedPrecondition)
+	before, err := n.before()
+	if err != nil {
+		return Change{}, err
 	}
 	base, err := n.try(map[string][]byte{n.dropIn(): nil, n.late(): nil})
 	if err != nil {
@@ -150,6 +178,9 @@ func (n Node) Enable(handlers []string, how Handler) (Change, error) {
 		case exists && how.RuntimeType != "" && how.RuntimeType != have.Type:
 			return Change{}, fmt.Errorf("handler %q exists and has runtime_type %q, not %q; leave the type out: %w",
 				name, have.Type, how.RuntimeType, errdefs.ErrInvalidArgument)
+		case exists && how.KataConfig != "" && how.KataConfig != have.Options["ConfigPath"]:
+			return Change{}, fmt.Errorf("handler %q exists, and its configuration of Kata is set where the handler is (%s), not by this command: %w",
+				name, n.where(name), errdefs.ErrInvalidArgument)
 		case exists && base.EffectiveSnapshotter(have) == check.Snapshotter && platform(base, name) == nil:
 			c.Already = append(c.Already, name)
 			continue
@@ -180,6 +211,20 @@ func (n Node) Enable(handlers []string, how Handler) (Change, error) {
 	return n.change(c, ours)
 }
 
+// before returns the configuration as it is; it can be nil without a main file.
+func (n Node) before() (*check.Config, error) {
+	text, err := readFile(n.Config)
+	if err != nil {
+		return nil, err
+	}
+	c, err := n.Load(n.Config)
+	// It may as well be an imported file that does not exist.
+	if err != nil && (text != nil || !errors.Is(err, fs.ErrNotExist)) {
+		return nil, fmt.Errorf("containerd cannot load its configuration as it is: %w: %w", err, errdefs.ErrFailedPrecondition)
+	}
+	return c, nil
+}
+
 // platform is the handler's entry in the section of CRI's image service, if that
 // says otherwise.
 func platform(base *check.Config, name string) table {
@@ -197,9 +242,9 @@ func (n Node) Disable(handlers []string) (Change, error) {
 	if err != nil {
 		return Change{}, err
 	}
-	before, err := n.Load(n.Config)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return Change{}, fmt.Errorf("containerd cannot load its configuration as it is: %w: %w", err, errdefs.ErrFailedPrecondition)
+	before, err := n.before()
+	if err != nil {
+		return Change{}, err
 	}
 	if len(handlers) == 0 {
 		handlers = slices.Collect(maps.Keys(ours))
@@ -264,7 +309,12 @@ func (n Node) change(c Change, ours map[string]*settings) (Change, error) {
 			continue
 		}
 		c.After = after
-		for _, path := range slices.Sorted(maps.Keys(files)) {
+		// A file that imports the late one by its name is never without it.
+		order := []string{n.late(), n.dropIn(), n.Config}
+		if files[n.late()] == nil {
+			slices.Reverse(order)
+		}
+		for _, path := range order {
 			old, err := readFile(path)
 			if err != nil {
 				return Change{}, err
@@ -422,7 +472,12 @@ func (n Node) try(files map[string][]byte) (*check.Config, error) {
 	}
 	c, err := n.Load(place(n.Config))
 	if err != nil {
-		return nil, fmt.Errorf("containerd could not load the configuration: %w: %w", err, errdefs.ErrFailedPrecondition)
+		// With the names that the files are to have.
+		says := strings.ReplaceAll(err.Error(), place(n.Config), n.Config)
+		for path := range files {
+			says = strings.ReplaceAll(says, place(path), path)
+		}
+		return nil, fmt.Errorf("containerd could not load the configuration: %s: %w", says, errdefs.ErrFailedPrecondition)
 	}
 	c.Path = n.Config
 	return c, nil
