@@ -17,6 +17,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -74,8 +75,8 @@ if a pull of the guest would go elsewhere.`,
 		if stderr == nil {
 			stderr = os.Stderr
 		}
-		if daemon.Err != nil {
-			fmt.Fprintf(stderr, "note: the proxy: containerd could not be asked for its environment (%v); this command's own is used\n", daemon.Err)
+		if err := cmp.Or(daemon.Err, daemon.EnvErr); err != nil {
+			fmt.Fprintf(stderr, "note: the proxy: containerd could not be asked for its environment (%v); this command's own is used\n", err)
 		}
 		if name := cmd.String("compare"); name != "" {
 			text, err := os.ReadFile(name)

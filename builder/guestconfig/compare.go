@@ -108,6 +108,8 @@ func probes(only string, configs ...*RegistryConfig) []string {
 	}
 	if only != "" {
 		found = slices.DeleteFunc(found, func(p string) bool { return p != only && !strings.HasPrefix(p, only+"/") })
+		// What is said of another registry may catch it.
+		found = append(found, only)
 	}
 	slices.Sort(found)
 	return slices.Compact(found)
@@ -220,7 +222,7 @@ func withoutUser(value string) string {
 		return ""
 	}
 	u.User = nil
-	return u.String()
+	return strings.TrimSuffix(u.String(), "/")
 }
 
 func sortedList(s string) string {

@@ -33,6 +33,7 @@
 package guestconfig
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/pem"
@@ -43,6 +44,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -124,6 +126,8 @@ type maker struct {
 	Result
 	// usedBy are the registries that have a mirror, by the mirror's location.
 	usedBy map[string][]string
+	// ordinary are the registries that are where their name says.
+	ordinary []string
 	// authorities are the certificates that Image has already.
 	authorities map[string]bool
 }
@@ -149,6 +153,7 @@ func Make(ctx context.Context, n Node, registry string) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
+	m.exceptions()
 	for _, location := range slices.Sorted(maps.Keys(m.usedBy)) {
 		if names := m.usedBy[location]; len(names) > 1 {
 			m.note("%s: it is the mirror of %s; containerd tells it which registry it is asked for (?ns=), a guest does not", location, strings.Join(names, " and "))
@@ -302,9 +307,11 @@ func (m *maker) registry(name string, hosts []docker.RegistryHost) {
 		if isDockerHub(name, h.Host) {
 			place.Location = name
 		}
-		rest, ok := strings.CutPrefix(h.Path+"/", "/v2/")
+		// The path of a request is cleaned (dockerBase.request in core/remotes/docker).
+		api := path.Join("/", h.Path)
+		rest, ok := strings.CutPrefix(api+"/", "/v2/")
 		if !ok {
-			m.note("%s: its host %s has its API at %s; a guest asks at /v2, and is not told of that host", name, h.Host, h.Path)
+			m.note("%s: its host %s has its API at %s; a guest asks at /v2, and is not told of that host", name, h.Host, api)
 			continue
 		}
 		if rest = strings.TrimSuffix(rest, "/"); rest != "" {
@@ -316,6 +323,7 @@ func (m *maker) registry(name string, hosts []docker.RegistryHost) {
 	}
 	own := Mirror{Location: name}
 	if len(places) == 1 && places[0] == own {
+		m.ordinary = append(m.ordinary, name)
 		return
 	}
 	entry := Registry{Prefix: name}
@@ -338,6 +346,19 @@ func (m *maker) registry(name string, hosts []docker.RegistryHost) {
 		m.Image.RegistryConfig = &RegistryConfig{}
 	}
 	m.Image.RegistryConfig.Registries = append(m.Image.RegistryConfig.Registries, entry)
+}
+
+// exceptions adds an entry for each registry that is where its name says, and that
+// the entry of another one would take elsewhere.
+func (m *maker) exceptions() {
+	for _, name := range m.ordinary {
+		if _, _, taken := m.Image.RegistryConfig.rule(name); taken {
+			m.Image.RegistryConfig.Registries = append(m.Image.RegistryConfig.Registries, Registry{Prefix: name})
+		}
+	}
+	if c := m.Image.RegistryConfig; c != nil {
+		slices.SortStableFunc(c.Registries, func(a, b Registry) int { return compareHosts(a.Prefix, b.Prefix) })
+	}
 }
 
 // hostFile is what of a hosts.toml the library does not tell (hostFileConfig in
@@ -468,10 +489,17 @@ func (m *maker) credentials(only string) {
 		}
 	}
 	for name := range m.Node.Registry.Auths {
-		if u, err := url.Parse(name); err == nil && u.Host != "" {
-			name = u.Host
+		// A URL can have a password in it.
+		u, err := url.Parse(name)
+		if err != nil || u.Host == "" {
+			u, err = url.Parse("//" + name)
 		}
-		names[name] = true
+		if err != nil || u.Hostname() == "" {
+			m.Credentials = true
+			m.note("a registry: containerd has credentials for it, and its name in auths is no URL")
+			continue
+		}
+		names[u.Host] = true
 	}
 	for _, name := range sortedHosts(names) {
 		if only == "" || only == name {
@@ -564,10 +592,9 @@ func isDockerHub(name, host string) bool {
 // takes the match that ends last and, of several, the last one of the list: with
 // a.example before x.a.example, each gets its own.
 func sortedHosts(names map[string]bool) []string {
-	return slices.SortedFunc(maps.Keys(names), func(a, b string) int {
-		if len(a) != len(b) {
-			return len(a) - len(b)
-		}
-		return strings.Compare(a, b)
-	})
+	return slices.SortedFunc(maps.Keys(names), compareHosts)
+}
+
+func compareHosts(a, b string) int {
+	return cmp.Or(len(a)-len(b), strings.Compare(a, b))
 }

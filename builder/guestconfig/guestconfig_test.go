@@ -110,6 +110,10 @@ func TestMake(t *testing.T) {
 			want:  []Registry{{Prefix: "docker.io", Mirrors: []Mirror{{Location: "m.example"}}}}},
 		"the registry itself, twice": {config: config,
 			files: map[string]string{"a/r.example/hosts.toml": "server = \"https://r.example\"\n[host.\"https://r.example\"]\n"}},
+		"slashes at the end": {config: config,
+			files: map[string]string{"a/r.example/hosts.toml": "server = \"https://r.example/\"\n[host.\"https://m.example/\"]\n[host.\"https://n.example/v2/n/\"]\n  override_path = true\n",
+				"a/s.example/hosts.toml": "server = \"https://s.example/\"\n"},
+			want: []Registry{{Prefix: "r.example", Mirrors: []Mirror{{Location: "m.example"}, {Location: "n.example/n"}}}}},
 		"plain HTTP": {config: config,
 			files: map[string]string{"a/r.example/hosts.toml": "server = \"http://r.example\"\n"},
 			want:  []Registry{{Prefix: "r.example", Location: "r.example", Insecure: true}}},
@@ -141,6 +145,11 @@ func TestMake(t *testing.T) {
 			files: map[string]string{"a/r.example/hosts.toml": "[host.\"https://m.example\"]\n", "a/x.r.example/hosts.toml": "[host.\"https://m.example\"]\n"},
 			want:  []Registry{{Prefix: "r.example", Mirrors: []Mirror{{Location: "m.example"}}}, {Prefix: "x.r.example", Mirrors: []Mirror{{Location: "m.example"}}}},
 			notes: []string{"m.example: it is the mirror of r.example and x.r.example"}},
+		"one that the entry of another would take": {config: config,
+			files: map[string]string{"a/r.example/hosts.toml": "[host.\"https://m.example\"]\n", "a/x.r.example/hosts.toml": "server = \"https://x.r.example\"\n",
+				"a/y.x.r.example/hosts.toml": "[host.\"https://n.example\"]\n", "b/r.example_5000_/.keep": "", "b/q.example/.keep": ""},
+			want: []Registry{{Prefix: "r.example", Mirrors: []Mirror{{Location: "m.example"}}}, {Prefix: "x.r.example"},
+				{Prefix: "y.x.r.example", Mirrors: []Mirror{{Location: "n.example"}}}, {Prefix: "r.example:5000"}}},
 		"all registries": {config: config,
 			files: map[string]string{"b/_default/hosts.toml": "[host.\"https://m.example\"]\n"},
 			notes: []string{"all registries:"}},
@@ -168,8 +177,8 @@ func TestMake(t *testing.T) {
 			notes: []string{"all registries:"}},
 		"version 2's mirror of all, for one": {config: "mirrors = { \"*\" = { endpoint = [\"m.example\"] } }", only: "r.example",
 			want: []Registry{{Prefix: "r.example", Mirrors: []Mirror{{Location: "m.example"}}}}},
-		"version 2's credentials": {config: "configs = { \"r.example\" = { auth = { username = \"u\", password = \"" + secret + "\" } } }\nauths = { \"https://s.example\" = { auth = \"" + secret + "\" } }\nconfig_path = \"DIR/a\"",
-			notes: []string{"r.example: containerd has credentials", "s.example: containerd has credentials"}},
+		"version 2's credentials": {config: "configs = { \"r.example\" = { auth = { username = \"u\", password = \"" + secret + "\" } } }\nauths = { \"https://s.example\" = { auth = \"" + secret + "\" }, \"user:" + secret + "@t.example\" = {}, \"://" + secret + "\" = {} }\nconfig_path = \"DIR/a\"",
+			notes: []string{"a registry: containerd has credentials", "r.example: containerd has credentials", "s.example: containerd has credentials", "t.example: containerd has credentials"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := makeResult(t, node(t, c.config, c.files, nil), c.only)
@@ -304,6 +313,8 @@ func TestCompare(t *testing.T) {
 		"no authority":               {text: strings.Replace(same, certificate, other, 1), elsewhere: true, says: `authority "CN=mine"`},
 		"one more authority":         {text: strings.Replace(same, certificate, certificate+"\"\"\", \"\"\""+other, 1), says: `authority "CN=other"`},
 		"another proxy":              {text: strings.Replace(same, "p.example", "u:"+secret+"@q.example", 1), elsewhere: true, says: "q.example"},
+		"the same proxy":             {text: strings.Replace(same, "http://p.example:1", "http://p.example:1/", 1)},
+		"one that a rule catches":    {text: same, only: "x.r.example", elsewhere: true, says: "x.r.example: the node pulls from x.r.example by HTTPS, the guest from m.example by HTTPS, then x.r.example by HTTPS"},
 		"fewer exceptions":           {text: strings.Replace(same, "a,b", "a", 1), elsewhere: true, says: "no_proxy"},
 		"elsewhere":                  {text: "[image]\nregistry_configuration_uri = 'kbs:///a/b/c'\n", elsewhere: true, says: "kbs:///a/b/c, which cannot be compared"},
 	} {
