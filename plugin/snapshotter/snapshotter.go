@@ -35,14 +35,12 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"path/filepath"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
 
 	"github.com/guest-pull/guest-pull-snapshotter/plugin/users"
 	"github.com/guest-pull/guest-pull-snapshotter/plugin/volume"
@@ -55,10 +53,9 @@ type snapshotter struct {
 	users.LayerObserver
 	users *users.Images // of the images that containers are made of
 
-	ms        *storage.MetaStore
-	root      string
-	mountType string
-	options   []string
+	ms              *storage.MetaStore
+	root, mountType string
+	options         []string
 }
 
 // Snapshotter is what New returns. containerd's garbage collector and, with patches,
@@ -255,12 +252,10 @@ func (s *snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 	return updated, err
 }
 
-// Walk calls fn for the snapshots of the store. A layer is in no list, because
-// any layer exists; one that the filters ask for by name is found. An exception
-// are the top layers of images whose users are known: containerd's garbage
-// collector removes what it finds in the list and nobody uses any more
-// (core/metadata/snapshot.go, garbageCollect), and so these are forgotten with
-// their image.
+// Walk calls fn for the snapshots of the store. A layer is in no list, because any layer
+// exists; one that the filters ask for by name is found. An exception are the top layers
+// of images whose users are known: containerd's garbage collector removes what is in the
+// list and unused (core/metadata/snapshot.go), and so they are forgotten with their image.
 func (s *snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error {
 	if layer, ok := queriedLayer(filters); ok {
 		return fn(ctx, layer)
@@ -285,48 +280,6 @@ func (s *snapshotter) Cleanup(ctx context.Context) error {
 			})
 		}),
 	)
-}
-
-// removeDirectories removes the directories that the database does not know, as the
-// overlay snapshotter's Cleanup does. That one looks for them in a transaction that it
-// commits, which costs two fsyncs for each garbage collection. This one has nothing to
-// keep, and rolls back.
-func (s *snapshotter) removeDirectories(ctx context.Context) error {
-	unknown, err := s.unknownDirectories(ctx)
-	if err != nil {
-		return fmt.Errorf("look for directories that no snapshot has: %w", err)
-	}
-	for _, dir := range unknown {
-		if err := os.RemoveAll(dir); err != nil {
-			log.G(ctx).WithError(err).WithField("path", dir).Warn("failed to remove directory")
-		}
-	}
-	return nil
-}
-
-func (s *snapshotter) unknownDirectories(ctx context.Context) (_ []string, err error) {
-	// Writable, so that no snapshot is made in the meantime.
-	ctx, tx, err := s.ms.TransactionContext(ctx, true)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, tx.Rollback()) }()
-	known, err := storage.IDMap(ctx)
-	if err != nil {
-		return nil, err
-	}
-	dir := filepath.Join(s.root, "snapshots")
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return nil, err
-	}
-	var unknown []string
-	for _, e := range entries {
-		if _, ok := known[e.Name()]; !ok {
-			unknown = append(unknown, filepath.Join(dir, e.Name()))
-		}
-	}
-	return unknown, nil
 }
 
 // Close closes the databases.
