@@ -159,6 +159,7 @@ func Run(ctx context.Context, in Input) Report {
 	c.checkImages()
 	c.checkRegistries()
 	c.checkLeftovers()
+	c.checkDistributions()
 	order := []Severity{Error, Warning, Info}
 	slices.SortStableFunc(c.report.Findings, func(a, b Finding) int {
 		return slices.Index(order, a.Severity) - slices.Index(order, b.Severity)

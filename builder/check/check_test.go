@@ -635,6 +635,42 @@ runtime_type = "io.containerd.other.v2"
 snapshotter = "nydus-for-kata-tee"
 `)
 		}, nil},
+
+		"k3s with its own containerd": {func(n *node) {
+			n.write("/etc/systemd/system/k3s-agent.service", "ExecStart=/usr/local/bin/k3s agent\n")
+			n.write("/etc/rancher/k3s/config.yaml", "# container-runtime-endpoint: unix:///run/containerd/containerd.sock\ntoken: secret\n")
+		}, []wanted{{Error, "distribution", []string{"k3s-agent.service", "/run/k3s/containerd/containerd.sock",
+			"container-runtime-endpoint: unix:///run/containerd/containerd.sock", "/etc/rancher/k3s/config.yaml"}}}},
+		"k3s with another one": {func(n *node) {
+			n.write("/etc/systemd/system/k3s.service", "")
+			n.write("/etc/rancher/k3s/config.yaml", "container-runtime-endpoint: unix:///run/other/containerd.sock\n")
+		}, []wanted{{Error, "distribution", []string{"/run/other/containerd.sock"}}}},
+		"k3s with this one, in its file": {func(n *node) {
+			n.write("/etc/systemd/system/k3s.service", "")
+			n.write("/etc/rancher/k3s/config.yaml", "token: x\ncontainer-runtime-endpoint: \"unix:///run/containerd/containerd.sock\"\n")
+		}, nil},
+		"k3s with this one, in a later file": {func(n *node) {
+			n.write("/etc/systemd/system/k3s.service", "")
+			n.write("/etc/rancher/k3s/config.yaml", "container-runtime-endpoint: unix:///run/other/containerd.sock\n")
+			n.write("/etc/rancher/k3s/config.yaml.d/50-endpoint.yaml", "container-runtime-endpoint: /run/containerd/containerd.sock\n")
+		}, nil},
+		"k3s with this one, as its installer writes it": {func(n *node) {
+			n.write("/etc/systemd/system/k3s.service", "ExecStart=/usr/local/bin/k3s \\\n    server \\\n\t'--container-runtime-endpoint' \\\n\t'unix:///run/containerd/containerd.sock' \\\n\n")
+		}, nil},
+		"the containerd of k3s is the one that is checked": {func(n *node) {
+			n.write("/etc/systemd/system/k3s.service", "")
+			n.in.Daemon.Address = "/run/k3s/containerd/containerd.sock"
+		}, nil},
+		"RKE2 with its own containerd": {func(n *node) { n.write("/usr/local/lib/systemd/system/rke2-agent.service", "") },
+			[]wanted{{Error, "distribution", []string{"RKE2", "/etc/rancher/rke2/config.yaml"}}}},
+		"MicroK8s with its own containerd": {func(n *node) {
+			n.write("/etc/systemd/system/snap.microk8s.daemon-kubelite.service", "")
+			n.write("/var/snap/microk8s/current/args/kubelet", "--container-runtime-endpoint=${SNAP_COMMON}/run/containerd.sock\n")
+		}, []wanted{{Error, "distribution", []string{"MicroK8s", "/var/snap/microk8s/common/run/containerd.sock"}}}},
+		"MicroK8s with this one": {func(n *node) {
+			n.write("/etc/systemd/system/snap.microk8s.daemon-kubelite.service", "")
+			n.write("/var/snap/microk8s/current/args/kubelet", "--foo=bar\n--container-runtime-endpoint=unix:///run/containerd/containerd.sock\n")
+		}, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t)
