@@ -25,11 +25,15 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
+	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2/manager"
 	"github.com/containerd/containerd/v2/pkg/shim"
 	"github.com/containerd/log"
+	"github.com/containerd/ttrpc"
+	"google.golang.org/grpc/status"
 )
 
 const runtimeName = "io.containerd.guest.v2"
@@ -89,20 +93,39 @@ func (m guestManager) Stop(ctx context.Context, id string) (shim.StopStatus, err
 	return status, err
 }
 
-// removeSockets removes the sockets of a dead shim, which the runc shim leaves. It does
-// not ask whether somebody listens: the kernel closes the files of a process one by one,
-// and containerd, which saw the end of a connection, is here before it is done with a
-// process that was killed.
+// removeSockets removes the sockets of a dead shim, which the runc shim leaves. The
+// shim of a sandbox whose own task is gone may serve other containers.
 func removeSockets(ctx context.Context, id string) {
+	address, err := socketAddress(ctx, id, false)
+	if err != nil || answers(ctx, address, id) {
+		return
+	}
 	for _, debug := range []bool{false, true} {
-		address, err := socketAddress(ctx, id, debug)
-		if err != nil {
-			continue // of a container: its bundle has no link, and it no sockets
+		if address, err = socketAddress(ctx, id, debug); err == nil {
+			err = shim.RemoveSocket(address)
 		}
-		if err := shim.RemoveSocket(address); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			log.G(ctx).WithError(err).WithField("id", id).Warn("the socket of a dead shim stays")
 		}
 	}
+}
+
+// answers reports whether a shim answers at an address. That one can connect says
+// nothing: the kernel closes the files of a process that was killed one by one, and
+// containerd, which saw the end of a connection, has the shim cleaned up before it is
+// done.
+func answers(ctx context.Context, address, id string) bool {
+	conn, err := shim.AnonDialer(address, 100*time.Millisecond)
+	if err != nil {
+		return false
+	}
+	client := ttrpc.NewClient(conn)
+	defer client.Close()
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	_, err = taskAPI.NewTTRPCTaskClient(client).Connect(ctx, &taskAPI.ConnectRequest{ID: id})
+	_, said := status.FromError(err)
+	return said
 }
 
 // Info describes the runtime. The runtime options are not looked at: they may be

@@ -17,9 +17,11 @@
 package main
 
 import (
+	"net"
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/containerd/api/types/runc/options"
@@ -27,6 +29,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/shim"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/ttrpc"
 	"github.com/containerd/typeurl/v2"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -109,21 +112,46 @@ func TestPauseProgramIsStatic(t *testing.T) {
 }
 
 // A shim that was killed may still be listening for a moment when containerd cleans up
-// after it.
+// after it; one that serves others is not dead.
 func TestSocketsOfADeadShim(t *testing.T) {
 	ctx := namespaces.WithNamespace(t.Context(), "test")
 	sockets := t.TempDir()
 	t.Chdir(t.TempDir())
 	require.NoError(t, os.Symlink(sockets, "s"))
+	var listeners []net.Listener
 	for _, debug := range []bool{false, true} {
 		address, err := socketAddress(ctx, "id", debug)
 		require.NoError(t, err)
 		l, err := shim.NewSocket(address)
 		require.NoError(t, err)
+		l.SetUnlinkOnClose(false)
 		defer l.Close()
+		listeners = append(listeners, l)
 	}
-	removeSockets(ctx, "id")
-	left, err := os.ReadDir(sockets)
+	left := func() (names []string) {
+		entries, err := os.ReadDir(sockets)
+		require.NoError(t, err)
+		for _, e := range entries {
+			names = append(names, e.Name())
+		}
+		return names
+	}
+
+	server, err := ttrpc.NewServer()
 	require.NoError(t, err)
-	require.Empty(t, left)
+	lives := listeners[0].(*net.UnixListener)
+	f, err := lives.File()
+	require.NoError(t, err)
+	again, err := net.FileListener(f)
+	require.NoError(t, err)
+	again.(*net.UnixListener).SetUnlinkOnClose(false)
+	go server.Serve(ctx, again) //nolint:errcheck // it ends with its listener
+	removeSockets(ctx, "id")
+	require.Len(t, left(), 2, "of a shim that answers")
+	require.NoError(t, server.Close())
+
+	// The kernel still takes connections.
+	time.AfterFunc(200*time.Millisecond, func() { f.Close(); lives.Close() })
+	removeSockets(ctx, "id")
+	require.Empty(t, left(), "of a shim that does not")
 }
