@@ -1,8 +1,12 @@
 # Copyright The guest-pull Authors.
 # Licensed under the Apache License, Version 2.0.
 
+# A source archive (make dist) says here what it is of.
+-include release.mk
+ARCHIVE := $(wildcard release.mk)
+
 # The version of this project (semver) and the revision it is built from.
-VERSION  ?= 0.1.0
+VERSION  ?= 0.2.0
 REVISION ?= $(shell git rev-parse HEAD 2>/dev/null)$(shell git diff --quiet HEAD 2>/dev/null || echo .m)
 
 # The minor version of containerd to build. go.mod has the version of one line, and
@@ -41,7 +45,14 @@ help: ## list the targets
 
 ## ---------------------------------------------------------------- build
 
-ifeq ($(PATCHES),none)
+ifneq ($(ARCHIVE),)
+# Its go.mod and vendor/ have the patched containerd.
+PATCHED :=
+MODFILE :=
+ifneq ($(PATCHES),all)
+$(error a source archive has no containerd without patches: use a checkout for PATCHES=$(PATCHES))
+endif
+else ifeq ($(PATCHES),none)
 PATCHED :=
 MODFILE = $(LINE_MODFILE)
 else
@@ -58,7 +69,7 @@ GO_LDFLAGS = -s -w \
 	-X main.patches=$(PATCH_LIST)
 # The tags of containerd's own static builds. $(1): more of them.
 TAGS = netgo osusergo static_build urfave_cli_no_docs $(LINE_TAG)
-# ARCH: of another machine, in Go's words (amd64, arm64).
+# ARCH: of another machine, in Go's words (amd64, arm64, ppc64le, s390x).
 GO_BUILD = CGO_ENABLED=0 $(addprefix GOARCH=,$(ARCH)) $(GO) build $(MODFILE) -trimpath -buildvcs=false -tags '$(TAGS) $(1)' -ldflags '$(GO_LDFLAGS)'
 
 build: $(PATCHED) ## build containerd, ctr, the runc shim and the mount helper into bin/ (LINE=2.3, 2.4; PATCHES=none: stock containerd and the plugin)
@@ -97,35 +108,74 @@ clean: ## remove bin/ and .build/
 ## ---------------------------------------------------------------- packages
 
 DIST   ?= $(BUILD_DIR)/dist
-ARCHES ?= amd64 arm64
+ARCHES ?= amd64 arm64 ppc64le s390x
 # All files in a package are dated as the last commit.
 SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 TOOLS := $(BUILD_DIR)/tools
-PACKAGE_TOOLS := $(TOOLS)/package-$(CONTAINERD_VERSION)-1
-PACKAGE_ENV = LINE=$(LINE) LINE_MODFILE=$(LINE_MODFILE) ARCH=$$arch VERSION=$(VERSION) CONTAINERD_VERSION=$(CONTAINERD_VERSION) \
-	PATCH_LIST=$(PATCH_LIST) SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) TOOLS=$(PACKAGE_TOOLS)
+PACKAGE := containerd-guest-pull-$(LINE)
+# containerd's version comes first, so that an upgrade of either sorts as one. A
+# pre-release of this project sorts before the release.
+PACKAGE_VERSION = $(CONTAINERD_VERSION:v%=%)+guestpull.$(subst -,~,$(VERSION))
 
-# Built without paths of this machine, for the SBOM has the digest of its tool.
-$(PACKAGE_TOOLS):
-	rm -rf $@.tmp
-	set -e; for tool in github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.44.2 github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.9.0 \
-			github.com/cpuguy83/go-md2man/v2@v2.0.7 $(CONTAINERD)/cmd/gen-manpages@$(CONTAINERD_VERSION) $(CONTAINERD)/cmd/ctr@$(CONTAINERD_VERSION); do \
-		CGO_ENABLED=0 GOBIN=$(abspath $@).tmp $(GO) install -trimpath $$tool; \
-	done
-	mv $@.tmp $@
+# Built without paths of this machine, for an SBOM has the digest of its tool.
+CYCLONEDX := $(TOOLS)/cyclonedx-gomod-v1.9.0
 
-package: ## build .deb, .rpm and .tar.gz of both lines for amd64 and arm64, SBOMs and SHA256SUMS into .build/dist/
+$(CYCLONEDX):
+	CGO_ENABLED=0 GOBIN=$(abspath $(TOOLS)) $(GO) install -trimpath github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@$(@:$(TOOLS)/cyclonedx-gomod-%=%)
+	mv $(TOOLS)/cyclonedx-gomod $@
+
+PACKAGE_ENV = NAME=$(PACKAGE) LINE=$(LINE) VERSION=$(VERSION) REVISION=$(REVISION) CONTAINERD_VERSION=$(CONTAINERD_VERSION) \
+	PACKAGE_VERSION=$(PACKAGE_VERSION) PATCH_LIST=$(PATCH_LIST) PATCHED=$(LINE_DIR)/patched TAGS='$(TAGS)' ARCHES='$(ARCHES)' \
+	SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) CYCLONEDX=$(CYCLONEDX)
+
+dist: ## make the source archives of both lines into .build/dist/: all that a build needs besides Go
+	set -e; for line in $(LINES); do $(MAKE) --no-print-directory dist-line LINE=$$line; done
+.PHONY: dist
+
+dist-line: patched
+	$(PACKAGE_ENV) builder/package/dist.sh $(LINE_DIR)/dist $(DIST)
+.PHONY: dist-line
+
+# What a package is made of, in a source archive.
+UNITDIR ?= $(PREFIX)/lib/systemd/system
+ZSHDIR  ?= $(PREFIX)/share/zsh/site-functions
+CONFDIR ?= /etc/containerd/conf.d
+CONFIG  ?= $(PREFIX)/share/containerd-guest-pull/config.toml
+
+install-package: package-programs
+	BIN='$(BIN)' TOOLS=$(LINE_DIR)/programs NAME=$(PACKAGE) LINE=$(LINE) DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' UNITDIR='$(UNITDIR)' \
+		ZSHDIR='$(ZSHDIR)' CONFDIR='$(CONFDIR)' CONFIG='$(CONFIG)' builder/package/install.sh
+.PHONY: install-package
+
+# For this machine, whatever the package is for; with what writes man pages.
+package-programs: override ARCH :=
+package-programs: TAGS = netgo osusergo static_build $(LINE_TAG)
+package-programs:
+	@mkdir -p $(LINE_DIR)/programs
+	@$(GO_BUILD) -o $(LINE_DIR)/programs/ $(CONTAINERD)/cmd/ctr $(CONTAINERD)/cmd/gen-manpages
+	@$(GO_BUILD) -o $(LINE_DIR)/programs/go-md2man github.com/cpuguy83/go-md2man/v2
+.PHONY: package-programs
+
+package: packages-deps ## build .deb, .rpm and .tar.gz of both lines for four architectures, source packages, SBOMs and SHA256SUMS into .build/dist/
 	rm -rf $(DIST)
-	set -e; for line in $(LINES); do $(MAKE) package-line LINE=$$line; done
+	$(MAKE) --no-print-directory dist
+	set -e; for line in $(LINES); do $(MAKE) --no-print-directory package-line LINE=$$line; done
 	cd $(DIST) && sha256sum * >SHA256SUMS
 .PHONY: package
 
-package-line: $(PACKAGE_TOOLS)
-	set -e; for arch in $(ARCHES); do \
-		$(MAKE) build ARCH=$$arch BIN=$(LINE_DIR)/package/$$arch/bin; \
-		$(PACKAGE_ENV) builder/package/package.sh $(LINE_DIR)/package/$$arch/bin $(LINE_DIR)/package/$$arch/tree $(DIST); \
-	done
+package-line: $(CYCLONEDX)
+	$(PACKAGE_ENV) builder/package/package.sh $(LINE_DIR)/package $(DIST)
 .PHONY: package-line
+
+REPOSITORY ?= $(BUILD_DIR)/repository
+
+repository: repository-deps ## lay out signed apt and dnf repositories of what `make package` made, in .build/repository/: KEY, of gpg
+	KEY='$(KEY)' SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) builder/package/repository.sh $(DIST) $(REPOSITORY)
+.PHONY: repository
+
+repository-deps:
+	@$(MAKE) --no-print-directory deps DEBIAN_PACKAGES='apt-utils createrepo-c dpkg-dev gnupg rpm'
+.PHONY: repository-deps
 
 package-reproducible: ## build the packages twice, in different directories, and compare them (half an hour)
 	builder/package/reproducible.sh ARCHES='$(ARCHES)' VERSION='$(VERSION)' REVISION='$(REVISION)' \
@@ -135,17 +185,25 @@ package-reproducible: ## build the packages twice, in different directories, and
 # Where this machine gets Debian's packages from.
 DEBIAN_MIRROR = $(shell apt-get indextargets --format '$$(REPO_URI)' 'Created-By: Packages' 'Label: Debian' | head -n 1)
 
-# Debians to install the packages in, with what the tests install in their caches.
-$(BUILD_DIR)/debian-%-2:
+# Debians to install the packages in, and to build them in, with what the tests
+# install in their caches. The Go that the packages are built with is in the backports
+# of Debian 13; Debian 12 has none that is new enough, there the tests bring this
+# machine's.
+DEBIAN_ROOT := $(BUILD_DIR)/debian-%-3
+BACKPORTS_trixie := golang-1.26-go
+
+$(DEBIAN_ROOT):
 	rm -rf $@.tmp
 	debootstrap --variant=minbase --include=systemd,ca-certificates $* $@.tmp '$(DEBIAN_MIRROR)' >/dev/null
 	echo force-unsafe-io >$@.tmp/etc/dpkg/dpkg.cfg.d/unsafe-io
-	chroot $@.tmp sh -c 'apt-get update -qq && apt-get install -qq -y --download-only --no-install-recommends runc fuse3 containerd rpm dnf createrepo-c >/dev/null'
+	$(if $(BACKPORTS_$*),echo 'deb $(DEBIAN_MIRROR) $*-backports main' >$@.tmp/etc/apt/sources.list.d/backports.list)
+	chroot $@.tmp sh -c 'apt-get update -qq && apt-get install -qq -y --download-only --no-install-recommends \
+		runc fuse3 containerd rpm dnf createrepo-c gnupg build-essential debhelper fakeroot lintian rpmlint $(BACKPORTS_$*) >/dev/null'
 	mv $@.tmp $@
 
 # By a make of its own: deps may have been made already, with another list.
 packages-deps:
-	@$(MAKE) --no-print-directory deps DEBIAN_PACKAGES='cpio debootstrap lintian qemu-user-static rpm'
+	@$(MAKE) --no-print-directory deps DEBIAN_PACKAGES='cpio debhelper debootstrap dpkg-dev lintian qemu-user-static rpm xz-utils'
 .PHONY: packages-deps
 
 test-packages: packages-deps package ## install, upgrade, move, boot, remove and purge the packages in Debian roots, and check them with lintian (15 minutes)
@@ -156,10 +214,15 @@ test-packages: packages-deps package ## install, upgrade, move, boot, remove and
 # In one Debian, beginning with one line.
 DEBIAN := bookworm
 test-packages-in: export GOFLAGS := $(LINE_GOFLAGS)
-test-packages-in: $(BUILD_DIR)/debian-$(DEBIAN)-2 $(PACKAGE_TOOLS)
-	DIST='$(abspath $(DIST))' DEBIAN_ROOT='$(abspath $<)' LINE=$(LINE) LINES='$(LINES)' TOOLS='$(abspath $(PACKAGE_TOOLS))' \
+test-packages-in: $(subst %,$(DEBIAN),$(DEBIAN_ROOT))
+	DIST='$(abspath $(DIST))' DEBIAN_ROOT='$(abspath $<)' LINE=$(LINE) LINES='$(LINES)' ARCHES='$(ARCHES)' \
 		$(GO) test -tags packages -count=1 -timeout 1h ./builder/package/
 .PHONY: test-packages-in
+
+# Named by the version, which has to be the tag of what is there.
+release: ## everything of a release, from a clean, tagged tree: all tests, packages twice, repositories, signed checksums (builder/PACKAGING.md): KEY, of gpg
+	builder/package/release.sh '$(VERSION)' '$(KEY)' '$(DIST)'
+.PHONY: release
 
 line: ## try the patches on any version of containerd: VERSION=v2.5.0 (patches/README.md)
 	@$(PATCH) -try $(if $(filter command environment,$(origin VERSION)),$(VERSION),$(error VERSION has to name a version of containerd: make line VERSION=v2.5.0))
@@ -205,11 +268,28 @@ lint: $(GOLANGCI_LINT) ## run golangci-lint on every module
 	cd integration && ../$(GOLANGCI_LINT) run --allow-parallel-runners -c ../.golangci.yml ./...
 .PHONY: lint
 
+# A source archive's are those of who builds a package: without root, without a
+# network, on whatever machine.
+ifeq ($(ARCHIVE),)
+RACE ?= -race
+endif
+UNIT_ROOT := $(if $(ARCHIVE),$(if $(filter 0,$(shell id -u)),-args -test.root),-args -test.root)
+
 unit: export GOFLAGS := $(LINE_GOFLAGS)
-unit: deps ## run the unit and conformance tests, with the race detector
-	$(GO) test -race ./plugin/ ./plugin/volume/... ./plugin/metrics/... ./overlayhelper/... ./builder/...
-	$(GO) test -race ./plugin/users/ ./plugin/snapshotter/... -args -test.root
+unit: $(if $(ARCHIVE),,deps) ## run the unit and conformance tests, with the race detector
+	$(GO) test $(RACE) ./plugin/ ./plugin/volume/... ./plugin/metrics/... ./overlayhelper/... ./builder/...
+	$(GO) test $(RACE) ./plugin/users/ ./plugin/snapshotter/... $(UNIT_ROOT)
 .PHONY: unit
+
+# As QEMU calls the architectures.
+EMULATED ?= aarch64 ppc64le s390x
+GOARCH_aarch64 := arm64
+
+unit-emulated: ## run the tests of the codec and the mount helper on other architectures, s390x among them, which is big-endian, under emulation
+	@$(MAKE) --no-print-directory deps DEBIAN_PACKAGES=qemu-user-static
+	set -e; $(foreach arch,$(EMULATED),CGO_ENABLED=0 GOARCH=$(or $(GOARCH_$(arch)),$(arch)) GOFLAGS='$(LINE_GOFLAGS)' \
+		GUEST_PULL_EMULATOR=qemu-$(arch)-static $(GO) test -exec qemu-$(arch)-static ./plugin/volume ./overlayhelper;)
+.PHONY: unit-emulated
 
 # This test of 2.3 needs cgroup v2 and does not say so, as that of 2.4 does.
 SKIP_UNIT_2.3 := $(if $(wildcard /sys/fs/cgroup/cgroup.controllers),,-skip '^TestCgroupNamespace$$')

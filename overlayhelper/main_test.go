@@ -166,6 +166,12 @@ type result struct {
 
 func runCommand(t *testing.T, cmd *exec.Cmd) result {
 	t.Helper()
+	// What is built for the machine that an emulator makes of this one runs in it, too.
+	if emulator := os.Getenv("GUEST_PULL_EMULATOR"); emulator != "" && filepath.Dir(cmd.Path) == binaryDir {
+		path, err := exec.LookPath(emulator)
+		require.NoError(t, err)
+		cmd.Path, cmd.Args = path, append([]string{path, cmd.Path}, cmd.Args[1:]...)
+	}
 	var stdout, stderr strings.Builder
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	err := cmd.Run()

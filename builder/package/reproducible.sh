@@ -6,7 +6,7 @@
 # two builds have the same sources, and the given variables of make; they differ in
 # their directory, its length, the time, the time zone, the umask, the language
 # and the order of directory entries, and the second one starts from an empty
-# cache. PACKAGE_TOOLS are made once: they are in no package.
+# cache. The tool for bills of materials is made once: it is in no package.
 set -euo pipefail
 
 work=$(mktemp -d)
@@ -18,6 +18,8 @@ for dir in "$a" "$b"; do
 	git ls-files -z --cached --others --exclude-standard |
 		while IFS= read -r -d '' f; do [ ! -e "$f" ] || printf '%s\0' "$f"; done |
 		tar --create --null --files-from - | tar --extract --touch --directory "$dir"
+	# An archive has what git knows.
+	git -C "$dir" init --quiet && git -C "$dir" add --all
 done
 
 (cd "$a" && umask 022 && TZ=UTC make package "$@")
