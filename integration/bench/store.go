@@ -202,21 +202,27 @@ func prepareLayer(ctx context.Context, sn snapshots.Snapshotter, i image, l int)
 	return err
 }
 
-// chainPreparer is unpack.ChainPreparer of the patched containerd.
-type chainPreparer interface {
-	PrepareChain(ctx context.Context, chain []string, key func(chainID string) string, opts func(i int) []snapshots.Opt) error
+// batchPreparer is unpack.BatchPreparer of the patched containerd.
+type batchPreparer interface {
+	PrepareBatch(ctx context.Context, f func(prepare func(key, parent string, opts ...snapshots.Opt) error) error) error
 }
 
-// prepareChain prepares all layers of an image at once, as the unpacker does for
+// prepareAtOnce prepares all layers of an image at once, as the unpacker does for
 // the guest-pull snapshotter.
-func prepareChain(ctx context.Context, sn snapshots.Snapshotter, i image) error {
-	p, ok := sn.(chainPreparer)
+func prepareAtOnce(ctx context.Context, sn snapshots.Snapshotter, i image) error {
+	p, ok := sn.(batchPreparer)
 	if !ok {
-		return errors.New("the benchmarks are linked with a containerd that cannot prepare a chain: use `make bench`, or -modfile as in the Makefile")
+		return errors.New("the benchmarks are linked with a containerd that cannot prepare layers at once: use `make bench`, or -modfile as in the Makefile")
 	}
-	key := func(chainID string) string { return fmt.Sprintf(snapshots.UnpackKeyFormat, "bench", chainID) }
-	return p.PrepareChain(ctx, i.chain, key, func(l int) []snapshots.Opt {
-		return []snapshots.Opt{snapshots.WithLabels(i.labels[l])}
+	return p.PrepareBatch(ctx, func(prepare func(key, parent string, opts ...snapshots.Opt) error) error {
+		for l, chainID := range i.chain {
+			key := fmt.Sprintf(snapshots.UnpackKeyFormat, "bench", chainID)
+			err := prepare(key, i.parent(l), snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: chainID}))
+			if !errdefs.IsAlreadyExists(err) {
+				return fmt.Errorf("layer %d is to be there already: %w", l, err)
+			}
+		}
+		return nil
 	})
 }
 
@@ -225,7 +231,7 @@ func prepareChain(ctx context.Context, sn snapshots.Snapshotter, i image) error 
 func (s *store) timeImage(ctx context.Context, kind, name string, layers int) (float64, error) {
 	f := prepare
 	if kind == atOnce {
-		f = prepareChain
+		f = prepareAtOnce
 	}
 	s.images++
 	manager := metadata.NewLeaseManager(s.DB)

@@ -270,6 +270,11 @@ func TestStalledRegistry(t *testing.T) {
 	var again registry
 	again.add(t, "", makeTar(t, file("b", "")))
 	require.ErrorIs(t, u.LayersPrepared(ctx, again.descriptors(), again.diffIDs(), stalled(&started)), context.DeadlineExceeded)
+
+	u.queue.maxIdle = 50 * time.Millisecond
+	err = u.LayersPrepared(t.Context(), again.descriptors(), again.diffIDs(), stalled(&started))
+	require.ErrorIs(t, err, errdefs.ErrUnavailable)
+	require.ErrorContains(t, err, "sent nothing for 50ms")
 }
 
 // A wait for a turn ends, and says what for.

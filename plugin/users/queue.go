@@ -42,15 +42,16 @@ const DefaultConcurrency = 2
 const (
 	maxWait   = 2 * time.Minute  // for a turn; the pull fails then, and is tried again
 	maxShared = 30 * time.Second // for somebody who reads the same image
+	maxIdle   = 30 * time.Second // without a byte
 	grace     = 30 * time.Second // that an image is read undisturbed
 	minRate   = 1 << 20          // bytes fetched per second, by which it is slow
 )
 
 // queue lets a few images be read at once.
 type queue struct {
-	turns                   *semaphore.Weighted
-	size                    int
-	maxWait, grace, between time.Duration
+	turns                            *semaphore.Weighted
+	size                             int
+	maxWait, maxIdle, grace, between time.Duration
 
 	mu     sync.Mutex
 	active map[*turn]struct{}
@@ -61,17 +62,19 @@ type turn struct {
 	start   time.Time
 	fetched atomic.Int64
 	cancel  context.CancelCauseFunc
+	idle    *time.Timer
+	maxIdle time.Duration
 }
 
 func newQueue(size int) *queue {
 	return &queue{
 		turns: semaphore.NewWeighted(int64(size)), size: size, active: map[*turn]struct{}{},
-		maxWait: maxWait, grace: grace, between: time.Second,
+		maxWait: maxWait, maxIdle: maxIdle, grace: grace, between: time.Second,
 	}
 }
 
 // take waits for a turn. The context that it returns ends with the turn: by done,
-// or when the image is slow and others wait.
+// when nothing comes in any more, or when the image is slow and others wait.
 func (q *queue) take(ctx context.Context) (_ context.Context, _ *turn, done func(), _ error) {
 	wait, stop := context.WithTimeoutCause(ctx, q.maxWait,
 		fmt.Errorf("the users of %d other images were read all the time for %s: %w", q.size, q.maxWait, errdefs.ErrUnavailable))
@@ -94,7 +97,9 @@ func (q *queue) take(ctx context.Context) (_ context.Context, _ *turn, done func
 		}
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
-	t := &turn{start: time.Now(), cancel: cancel}
+	t := &turn{start: time.Now(), cancel: cancel, maxIdle: q.maxIdle, idle: time.AfterFunc(q.maxIdle, func() {
+		cancel(fmt.Errorf("the registry sent nothing for %s: %w", q.maxIdle, errdefs.ErrUnavailable))
+	})}
 	q.mu.Lock()
 	q.active[t] = struct{}{}
 	q.mu.Unlock()
@@ -102,6 +107,7 @@ func (q *queue) take(ctx context.Context) (_ context.Context, _ *turn, done func
 		q.mu.Lock()
 		delete(q.active, t)
 		q.mu.Unlock()
+		t.idle.Stop()
 		cancel(context.Canceled)
 		q.turns.Release(1)
 	}, nil
@@ -155,6 +161,9 @@ type countedReader struct {
 func (r *countedReader) Read(p []byte) (int, error) {
 	n, err := r.ReadCloser.Read(p)
 	r.turn.fetched.Add(int64(n))
+	if n > 0 {
+		r.turn.idle.Reset(r.turn.maxIdle)
+	}
 	return n, err
 }
 
