@@ -20,7 +20,11 @@ import (
 	"encoding/json"
 	"maps"
 	"math/rand/v2"
+	"slices"
 	"strings"
+
+	"github.com/containerd/platforms"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/guest-pull/guest-pull-snapshotter/integration/harness"
 	"github.com/guest-pull/guest-pull-snapshotter/integration/images"
@@ -84,6 +88,8 @@ var noLayerTypes = []string{
 	"application/vnd.docker.image.rootfs.diff.tar.xz",
 	"application/vnd.oci.image.config.v1+json",
 	"text/plain",
+	ocispec.MediaTypeImageManifest,
+	"application/vnd.docker.distribution.manifest.list.v2+json",
 }
 
 var foreignTypes = []string{
@@ -159,11 +165,7 @@ func (m maker) image() (s images.Shape) {
 	s.OnlyOthers = m.oneIn(20)
 	s.Attestations = m.oneIn(3)
 	s.Companion = m.oneIn(5)
-	// Without a name for the platform it is the config's that counts, and only if
-	// none of the others has one: containerd's LimitManifests prefers any platform
-	// to none.
-	s.NoPlatform = m.oneIn(8) && s.OS == "" && s.Architecture == "" && s.Variant == "" && s.OSFeatures == nil &&
-		!s.OtherPlatforms && !s.OnlyOthers && !s.Attestations && !s.Companion
+	s.NoPlatform = m.oneIn(8)
 	return s
 }
 
@@ -192,6 +194,9 @@ func (m maker) pause() images.Shape {
 	s := m.image()
 	s.Blobs, s.NoLayers, s.OnlyOthers, s.ArtifactType, s.ConfigType = nil, false, false, "", ""
 	s.More = min(s.More, 10)
+	if refusal(s) != nil {
+		return images.Shape{}
+	}
 	return s
 }
 
@@ -224,6 +229,10 @@ func isConfigType(t string) bool {
 		t == "application/octet-stream" // of registries that lost it
 }
 
+func isManifestType(t string) bool {
+	return t == ocispec.MediaTypeImageManifest || t == "application/vnd.docker.distribution.manifest.list.v2+json"
+}
+
 // refusal returns the errors one of which says why no guest can run the image; nil
 // for one that it can run.
 func refusal(s images.Shape) []string {
@@ -238,10 +247,12 @@ func refusal(s images.Shape) []string {
 		return []string{noConfig}
 	case s.ArtifactType != "", s.NoLayers:
 		return []string{noImage, noLayers, noMatching}
-	case layers+len(s.Blobs) > 500, s.ConfigType != "" && !isConfigType(s.ConfigType):
+	case layers+len(s.Blobs) > 500, s.ConfigType != "" && !isConfigType(s.ConfigType), slices.ContainsFunc(append(s.Blobs, s.LayerType), isManifestType):
 		return []string{noImage}
 	case len(s.Blobs) > 0:
-		return []string{noImage, noMatching, "layers and the configuration"} // the last one by the guest
+		return []string{noImage, noMatching, "layers and the configuration", noMatch} // the third one by the guest
+	case s.Indexes > 0 && s.NoPlatform && !platforms.Default().Match(s.Platform()):
+		return []string{noMatch} // nothing but the config tells what it is for
 	}
 	return nil
 }

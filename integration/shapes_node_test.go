@@ -221,9 +221,8 @@ type imageUse struct {
 	ref     string
 	content *images.Content
 	pods    []*harness.Pod
-	// onHost: a pod on the host could run without a pull. failed: one could not
-	// run, and does not on stock containerd.
-	onHost, failed bool
+	// onHost: a pod on the host could run without a pull.
+	onHost bool
 	// removed: how the image came to the node no longer counts.
 	removed bool
 }
@@ -382,11 +381,13 @@ func (u *imageUse) runcPod(ctx context.Context, p shapePod) error {
 		return &shapeError{"a pod on the host never runs, on stock containerd it does", last}
 	case stockRuns > 0 && len(errs) > stockRuns && !strings.Contains(errs[0].Error(), "has to be pulled for this snapshotter"):
 		return &shapeError{"a pod on the host runs later than on stock containerd", errs[0]}
+	case u.c.Image.Indexes > 0 && u.c.Image.NoPlatform && stockRuns == 0 && last == nil:
+		// Stock containerd cannot tell the size of an image whose index names
+		// platforms for others.
 	case stockRuns == 0 && last == nil:
 		return &shapeError{"a pod on the host runs, on stock containerd it does not", errors.New("no error")}
 	}
 	u.onHost = u.onHost || last == nil
-	u.failed = u.failed || last != nil
 	return nil
 }
 
@@ -481,10 +482,9 @@ func (u *imageUse) remove(ctx context.Context) error {
 		errs = append(errs, p.Remove(ctx))
 	}
 	errs = append(errs, u.on.RemoveImage(ctx, u.ref))
-	// Of what CRI could not make an image of it knows nothing afterwards. Who made
-	// it has to remove it, which for a pull for the host is nobody, as with stock
-	// containerd.
-	if u.c.Before != "" || u.failed {
+	// Of what CRI cannot make an image of it knows nothing. Who imported it, or pulled
+	// it with ctr, has to remove it.
+	if u.c.Before != "" {
 		store := u.on.Client.ImageService()
 		names := []string{u.ref, u.content.Config.Digest.String(), u.reg.Ref(u.name + "@" + u.content.Root.Digest.String())}
 		for _, name := range names {

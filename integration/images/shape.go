@@ -18,6 +18,7 @@ package images
 
 import (
 	"archive/tar"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -418,9 +419,17 @@ func (s Shape) layers(c *Content, name string, enc Encoding) ([]ocispec.Descript
 	return descs, ids, nil
 }
 
+// Platform is what the config claims.
+func (s Shape) Platform() ocispec.Platform {
+	return ocispec.Platform{
+		OS: cmp.Or(s.OS, "linux"), Architecture: cmp.Or(s.Architecture, runtime.GOARCH),
+		Variant: s.Variant, OSFeatures: s.OSFeatures,
+	}
+}
+
 func (s Shape) config(name string, diffIDs []digest.Digest) ([]byte, error) {
 	img := ocispec.Image{
-		Platform: ocispec.Platform{OS: s.OS, Architecture: s.Architecture, Variant: s.Variant, OSFeatures: s.OSFeatures},
+		Platform: s.Platform(),
 		Config: ocispec.ImageConfig{
 			User: s.User,
 			Env:  []string{"PATH=/bin"},
@@ -430,12 +439,6 @@ func (s Shape) config(name string, diffIDs []digest.Digest) ([]byte, error) {
 	}
 	if img.Config.User == "" {
 		img.Config.User = "1000:1000"
-	}
-	if img.OS == "" {
-		img.OS = "linux"
-	}
-	if img.Architecture == "" {
-		img.Architecture = runtime.GOARCH
 	}
 	img.Config.Labels = map[string]string{"name": name}
 	data, err := json.Marshal(img)
