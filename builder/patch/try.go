@@ -38,9 +38,18 @@ type attempt struct {
 	build    string   // what the compiler says; empty: it builds
 	tests    []string // the tests that the patch adds or changes
 	failure  string   // what they say; empty: they pass
+	without  string   // how they go without the rest of the patch: see the constants
 }
 
-func (a attempt) ok() bool { return len(a.conflict) == 0 && a.build == "" && a.failure == "" }
+const (
+	failWithout    = "fail without"
+	noBuildWithout = "do not build without"
+	passWithout    = "**pass without**" // so that they show nothing
+)
+
+func (a attempt) ok() bool {
+	return len(a.conflict) == 0 && a.build == "" && a.failure == "" && a.without != passWithout
+}
 
 // errTry says that a patch needs work.
 var errTry = errors.New("the patches have to be worked on")
@@ -122,6 +131,10 @@ func tryPatch(ctx context.Context, dir, patchFile string) (attempt, error) {
 	if err != nil {
 		return a, err
 	}
+	a.tests = testsOf(content)
+	if a.without, err = tryTestsAlone(ctx, dir, abs, touched, a.tests); err != nil {
+		return a, err
+	}
 	said, err := gitSays(ctx, dir, "apply", "--verbose", "--whitespace=nowarn", abs)
 	var failed *commandError
 	if errors.As(err, &failed) {
@@ -138,16 +151,9 @@ func tryPatch(ctx context.Context, dir, patchFile string) (attempt, error) {
 	}
 	a.offsets = len(offsetHunk.FindAllString(said, -1))
 
-	var packages []string
-	for _, f := range touched {
-		p := "./" + path.Dir(f)
-		if strings.HasSuffix(f, ".go") && !slices.Contains(packages, p) {
-			if found, err := filepath.Glob(filepath.Join(dir, p, "*.go")); err != nil {
-				return a, err
-			} else if len(found) > 0 {
-				packages = append(packages, p)
-			}
-		}
+	packages, err := packagesOf(dir, touched)
+	if err != nil {
+		return a, err
 	}
 	if len(packages) == 0 {
 		return a, nil
@@ -159,11 +165,63 @@ func tryPatch(ctx context.Context, dir, patchFile string) (attempt, error) {
 			return a, err
 		}
 	}
-	if a.tests = testsOf(content); len(a.tests) == 0 {
+	if len(a.tests) == 0 {
 		return a, nil
 	}
-	a.failure, err = goSays(ctx, dir, append([]string{"test", "-count=1", "-run=^(" + strings.Join(a.tests, "|") + ")$"}, packages...)...)
+	a.failure, err = goTest(ctx, dir, a.tests, packages)
 	return a, err
+}
+
+// packagesOf returns the packages in dir that files are in.
+func packagesOf(dir string, files []string) (packages []string, err error) {
+	for _, f := range files {
+		p := "./" + path.Dir(f)
+		if strings.HasSuffix(f, ".go") && !slices.Contains(packages, p) {
+			if found, err := filepath.Glob(filepath.Join(dir, p, "*.go")); err != nil {
+				return nil, err
+			} else if len(found) > 0 {
+				packages = append(packages, p)
+			}
+		}
+	}
+	return packages, nil
+}
+
+// tryTestsAlone applies nothing but the tests of a patch, and says how they go. It
+// leaves the tree as it was.
+func tryTestsAlone(ctx context.Context, dir, patchFile string, touched, tests []string) (string, error) {
+	if len(tests) == 0 {
+		return "", nil
+	}
+	apply := []string{"apply", "--include=*_test.go", "--whitespace=nowarn", patchFile}
+	var failed *commandError
+	if _, err := gitSays(ctx, dir, apply...); errors.As(err, &failed) {
+		return "", nil // The patch itself will not apply, and says why.
+	} else if err != nil {
+		return "", err
+	}
+	packages, err := packagesOf(dir, slices.DeleteFunc(slices.Clone(touched), func(f string) bool { return !strings.HasSuffix(f, "_test.go") }))
+	if err != nil {
+		return "", err
+	}
+	said, err := goTest(ctx, dir, tests, packages)
+	if err != nil {
+		return "", err
+	}
+	if _, err := gitSays(ctx, dir, append(apply, "--reverse")...); err != nil {
+		return "", err
+	}
+	switch {
+	case said == "":
+		return passWithout, nil
+	case strings.Contains(said, "--- FAIL: "):
+		return failWithout, nil
+	}
+	return noBuildWithout, nil
+}
+
+func goTest(ctx context.Context, dir string, tests, packages []string) (string, error) {
+	return goSays(ctx, dir, append([]string{"test", "-count=1", "-run=^(" + strings.Join(tests, "|") + ")$"}, packages...)...)
 }
 
 // gitSays runs git and returns what it says on standard error when it succeeds.
@@ -230,7 +288,7 @@ func testsOf(patch []byte) []string {
 
 // row is a line of a table.
 func (a attempt) row() string {
-	cells := []string{a.patch, "yes", "yes", "pass (" + fmt.Sprint(len(a.tests)) + ")"}
+	cells := []string{a.patch, "yes", "yes", fmt.Sprintf("pass (%d), %s", len(a.tests), a.without)}
 	if a.offsets > 0 {
 		cells[1] = fmt.Sprintf("with an offset (%d hunks)", a.offsets)
 	}

@@ -137,7 +137,7 @@ func TestTry(t *testing.T) {
 	text := out.String()
 	assert.Contains(t, text, "example.com/greeter/v2@v2.5.0, with the patches of v2.4, in .build/try/v2.5.0/greeter\n")
 	for _, row := range []string{
-		"| 0001-greet | with an offset (1 hunks) | yes | pass (1) |",
+		"| 0001-greet | with an offset (1 hunks) | yes | pass (1), fail without |",
 		"| 0002-stale | **conflicts** (1 hunks) |  |  |",
 		"| 0003-broken | yes | **no** |  |",
 		"| 0004-unbroken | yes | yes | **fail** |",
