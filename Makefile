@@ -324,7 +324,7 @@ e2e-kubernetes-core: deps build test-tools kubernetes ## run the most important 
 
 e2e-kubernetes: deps build test-tools kubernetes ## deploy pods to a real kubelet, then see what stock containerd gets wrong there (PATCHES=none: only that)
 ifneq ($(PATCHED),)
-	$(E2E) -timeout 60m -skip '^(TestStock|TestMachine)'
+	$(E2E) -timeout 60m -skip '^(TestStock|TestMachine|TestPowerCuts)'
 	$(MAKE) e2e-kubernetes PATCHES=none BIN=$(BUILD_DIR)/bin-stock
 else
 	$(E2E) -timeout 20m -run '^TestStock'
@@ -334,7 +334,7 @@ endif
 # The latest patch of each minor version of kubelet that is supported, and gates that
 # change what kubelet asks of containerd.
 KUBELETS ?= v1.34.4 v1.35.4 v1.36.3 $(KUBERNETES_VERSION) \
-	$(KUBERNETES_VERSION):RuntimeClassInImageCriApi=true $(KUBERNETES_VERSION):KubeletEnsureSecretPulledImages=true
+	v1.34.4:ImageVolume=true,KubeletEnsureSecretPulledImages=true $(KUBERNETES_VERSION):RuntimeClassInImageCriApi=true
 
 kubelets: deps build test-tools kubernetes ## run the most important cases with each of these kubelets (an hour, the first time); the table goes to README.md
 	@mkdir -p $(BUILD_DIR)/kubelets
@@ -348,11 +348,11 @@ endif
 
 # A Debian for a virtual machine, with a kernel, whose initial RAM disk has what
 # QEMU's needs, and what containerd's package depends on.
-MACHINE_ROOT := $(BUILD_DIR)/machine-bookworm
+MACHINE_ROOT := $(BUILD_DIR)/machine-bookworm-2
 
 $(MACHINE_ROOT):
 	rm -rf $@.tmp
-	debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,udev,openssh-server,kmod,procps,ca-certificates,runc,fuse3,linux-image-cloud-amd64,initramfs-tools,zstd \
+	debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,udev,openssh-server,kmod,procps,ca-certificates,runc,fuse3,iproute2,containernetworking-plugins,linux-image-cloud-amd64,initramfs-tools,zstd \
 		bookworm $@.tmp '$(DEBIAN_MIRROR)' >/dev/null
 	echo MODULES=list >$@.tmp/etc/initramfs-tools/conf.d/machine
 	printf '%s\n' ext4 virtio_pci virtio_blk >>$@.tmp/etc/initramfs-tools/modules
@@ -364,10 +364,13 @@ machine-deps:
 	@$(MAKE) --no-print-directory deps DEBIAN_PACKAGES='debootstrap e2fsprogs qemu-system-x86'
 .PHONY: machine-deps
 
-test-node: deps machine-deps package test-tools kubernetes $(MACHINE_ROOT) ## boot a virtual machine with the package, systemd, cgroup v2 and kubelet, and run pods in it (amd64; minutes with KVM, half an hour without)
-	$(E2E) -timeout 2h -run '^TestMachine'
+test-node: deps machine-deps package test-tools kubernetes $(MACHINE_ROOT) ## boot a virtual machine with the package, systemd, cgroup v2 and kubelet, run pods in it, and cut its power (amd64; minutes with KVM, an hour without)
+	cd integration && GUEST_PULL_CONTAINERD=$(abspath $(LINE_DIR)/package/amd64/bin) $(GO) run ./upstream -build
+	cd integration && CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -o $(GUEST_PULL_UPSTREAM) ./upstream
+	$(E2E) -timeout 6h -run '^(TestMachine|TestPowerCuts)'
 test-node: export GUEST_PULL_MACHINE := $(abspath $(MACHINE_ROOT))
 test-node: export GUEST_PULL_DEB := $(abspath $(DIST))/containerd-guest-pull-$(LINE)_*_amd64.deb
+test-node: export GUEST_PULL_UPSTREAM := $(abspath $(LINE_DIR))/upstream/upstream
 test-node: export GUEST_PULL_CONSOLE := $(abspath $(BUILD_DIR))
 .PHONY: test-node
 
@@ -459,8 +462,9 @@ compatibility: ## write the README's table of what the last `make test` or `make
 test-all: export GUEST_PULL_KILLS := 200
 test-all: export GUEST_PULL_SHAPES := 2000
 test-all: export GUEST_PULL_CONTAINERS := 1000
+test-all: export GUEST_PULL_CUTS := 50
 test-all: INTEGRATION_TIMEOUT := 3h
-test-all: new-figures lint unit unit-patched integration fuzz upstream e2e-kubernetes test-packages test-node package-reproducible ## all tests: what `make test` runs, on a large scale, containerd's own suites and the packages (hours); run it before a release
+test-all: new-figures lint unit unit-patched integration fuzz upstream e2e-kubernetes kubelets test-packages test-node package-reproducible ## all tests: what `make test` runs, on a large scale, containerd's own suites and the packages (hours); run it before a release
 	$(call ROW,pass)
 	$(PRINT_FIGURES)
 .PHONY: test-all

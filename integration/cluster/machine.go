@@ -21,6 +21,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/url"
 	"path/filepath"
@@ -47,6 +48,10 @@ type MachineOptions struct {
 	Registry *registry.Registry
 	// Accelerator is QEMU's.
 	Accelerator string
+	// Config is more of containerd's configuration, version 3.
+	Config string
+	// Files are put into the machine as well.
+	Files map[string]machine.File
 }
 
 // Machine is a Kubernetes node that is a machine of its own: systemd runs containerd,
@@ -70,7 +75,8 @@ const (
 )
 
 // StartMachine makes a machine with a kubelet and boots it. It returns when the node
-// is registered. The caller has to Close it.
+// is registered. The handler [harness.Guest] is there and pulls in the guest when
+// "containerd guest-pull enable" has said so. The caller has to Close it.
 func (c *Control) StartMachine(ctx context.Context, o MachineOptions) (_ *Machine, err error) {
 	c.kubelets++
 	ip := net.IPv4(127, 0, 1, byte(c.kubelets))
@@ -92,6 +98,7 @@ func (c *Control) StartMachine(ctx context.Context, o MachineOptions) (_ *Machin
 	if err != nil {
 		return nil, err
 	}
+	maps.Copy(files, o.Files)
 	server, err := url.Parse(c.API.url)
 	if err != nil {
 		return nil, err
@@ -159,10 +166,10 @@ func (c *Control) machineFiles(k *Kubelet, o MachineOptions, pause string) (map[
   options.SystemdCgroup = true
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.%s]
   runtime_type = %q
-  snapshotter = %q
-`, pause, harness.Guest, harness.StandIn, harness.Snapshotter)
+`, pause, harness.Guest, harness.StandIn)
 	service := fmt.Sprintf(`[Unit]
 After=containerd.service network.target
+StartLimitIntervalSec=0
 [Service]
 ExecStart=/usr/local/bin/kubelet --config=%[1]s/kubelet.json --kubeconfig=%[1]s/kubeconfig --hostname-override=%[2]s
 Restart=always
@@ -181,7 +188,7 @@ WantedBy=multi-user.target
 		kubernetesDir + "/kubelet.crt":                        {Copy: c.ca.crt("kubelet-" + k.Name)},
 		kubernetesDir + "/kubelet.key":                        {Copy: c.ca.keyFile("kubelet-" + k.Name), Mode: 0o600},
 		"/etc/systemd/system/kubelet.service":                 {Text: service},
-		"/etc/containerd/conf.d/90-test.toml":                 {Text: conf},
+		"/etc/containerd/conf.d/90-test.toml":                 {Text: conf + o.Config},
 		"/etc/systemd/system/containerd.service.d/guest.conf": {Text: "[Service]\nEnvironment=GUEST_CONFIG=" + guestConfig + "\n"},
 	}, nil
 }

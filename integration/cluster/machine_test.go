@@ -44,6 +44,8 @@ const (
 	machineEnv = "GUEST_PULL_MACHINE"
 	debEnv     = "GUEST_PULL_DEB"
 	consoleEnv = "GUEST_PULL_CONSOLE"
+	// The program upstream, and the directory of what it has built.
+	upstreamEnv = "GUEST_PULL_UPSTREAM"
 )
 
 // machineNode is a node that is a machine of its own.
@@ -53,9 +55,9 @@ type machineNode struct {
 	deb string
 }
 
-// newMachine boots a machine. When the test ends, its pods are deleted the way users
+// newMachine boots a machine, with more of containerd's configuration and more files. When the test ends, its pods are deleted the way users
 // do it, and nothing of them may be left.
-func newMachine(t *testing.T) *machineNode {
+func newMachine(t *testing.T, config string, files map[string]machine.File) *machineNode {
 	t.Helper()
 	root, deb := os.Getenv(machineEnv), os.Getenv(debEnv)
 	if root == "" || deb == "" {
@@ -78,7 +80,7 @@ func newMachine(t *testing.T) *machineNode {
 	began := time.Now()
 	m, err := control.StartMachine(t.Context(), cluster.MachineOptions{
 		Root: root, Package: debs[0], Guest: "../../.build/containerd-shim-guest-v2",
-		Dir: dir, Registry: reg, Accelerator: accelerator,
+		Dir: dir, Registry: reg, Accelerator: accelerator, Config: config, Files: files,
 	})
 	keep := func() {
 		if t.Failed() {
@@ -128,6 +130,102 @@ func (n *machineNode) sh(t *testing.T, script string) string {
 	return out
 }
 
+const (
+	pidOf = "systemctl show --property=MainPID --value containerd"
+	// What "containerd guest-pull enable" writes.
+	handlersFile = "/etc/containerd/conf.d/60-guest-pull-handlers.toml"
+)
+
+// enable has the handler pull in the guest, as an administrator does it.
+func (n *machineNode) enable(t *testing.T) {
+	t.Helper()
+	before := n.sh(t, "find /etc/containerd -type f -exec sha256sum {} +; "+pidOf)
+	dry := n.sh(t, "containerd guest-pull enable --dry-run "+harness.Guest)
+	require.Contains(t, dry, "handler "+harness.Guest+": snapshotter overlayfs -> "+harness.Snapshotter)
+	require.Equal(t, before, n.sh(t, "find /etc/containerd -type f -exec sha256sum {} +; "+pidOf), "a dry run changes something")
+	out := n.sh(t, "containerd guest-pull enable "+harness.Guest+" --restart")
+	require.Contains(t, out, "written, and containerd.service was restarted")
+	require.Equal(t, before, n.sh(t, "find /etc/containerd -type f -not -path "+handlersFile+" -exec sha256sum {} +; echo "+lastLine(before)),
+		"enable changes files that are not its own")
+	require.NotEqual(t, lastLine(before), lastLine(n.sh(t, pidOf)), "containerd was not restarted")
+	n.sh(t, "containerd guest-pull check")
+}
+
+// disable takes that back. Pods of the handler are in the way, and are named.
+func (n *machineNode) disable(t *testing.T, img image) {
+	t.Helper()
+	n.run(t, n.Pod("in-the-way", harness.Guest, main(img)))
+	out := n.sh(t, "! containerd guest-pull disable "+harness.Guest+" --restart 2>&1; test -e "+handlersFile)
+	require.Contains(t, out, "in-the-way of handler "+harness.Guest)
+	require.Contains(t, out, "nothing was changed")
+	require.Equal(t, img.Name+"\n", n.exec(t, "in-the-way", "main", "cat", "/etc/image-name"))
+	n.requireEmpty(t)
+	require.Contains(t, n.sh(t, "containerd guest-pull disable "+harness.Guest+" --restart; test ! -e "+handlersFile), "was restarted")
+	require.NoError(t, n.m.Ready(t.Context()))
+	n.run(t, n.Pod("as-before", harness.Runc, main(img)))
+	n.requireRuns(t, "as-before", "main", img)
+	require.Empty(t, n.snapshots(t, harness.Snapshotter))
+}
+
+// upstreamTree is where the machine has what the program upstream needs of a source tree.
+const upstreamTree = "/srv/upstream"
+
+// What containerd's own CRI suite needs a machine for: cgroup v2, swap, two memory
+// nodes, processes that are less likely to be killed than those that started them.
+// (What a user namespace with mapped mounts needs is a newer runc than Debian's.)
+var needMachine = []string{
+	"TestContainerCgroupWritable", "TestPrivilegedContainerCgroupMountOptions", "TestUpdateContainerResources_MemorySwap",
+	"TestNriLinuxMemsetAdjustment", "TestNriLinuxMemsetAdjustmentUpdate",
+	"TestIssue10244LoopbackV2", "TestOOMEventMonitor", "TestReload100Pods", "TestRunContainerWithVolatileOption",
+	"TestRuntimeHandlerUnpackWithSnapshotLabels",
+}
+
+// upstreamFiles are the files of that tree.
+func upstreamFiles(t *testing.T) map[string]machine.File {
+	t.Helper()
+	program := os.Getenv(upstreamEnv)
+	if os.Getenv(machineEnv) == "" {
+		return nil // and the test is skipped
+	}
+	built := filepath.Dir(program)
+	line := filepath.Base(filepath.Dir(built)) // .build/v2.4/upstream/upstream
+	files := map[string]machine.File{
+		upstreamTree + "/integration/go.mod":                  {},
+		upstreamTree + "/integration/upstream/exceptions.txt": {},
+		upstreamTree + "/upstream":                            {Copy: program, Mode: 0o755},
+		upstreamTree + "/.build/containerd-shim-guest-v2":     {Copy: "../../.build/containerd-shim-guest-v2", Mode: 0o755},
+	}
+	tools, err := filepath.Glob(filepath.Join(built, "tools", "*"))
+	require.NoError(t, err)
+	require.NotEmpty(t, tools, "%s: make test-node builds it", upstreamEnv)
+	for _, f := range append(tools, filepath.Join(built, "cri-integration.test")) {
+		to, err := filepath.Rel(built, f)
+		require.NoError(t, err)
+		files[filepath.Join(upstreamTree, ".build", line, "upstream", to)] = machine.File{Copy: f, Mode: 0o755}
+	}
+	return files
+}
+
+// suite runs these cases of containerd's CRI suite, with runc and with the guest.
+func (n *machineNode) suite(t *testing.T) {
+	t.Helper()
+	// Not for ever: kubelet does not start with swap.
+	n.sh(t, "dd if=/dev/zero of=/swap bs=1M count=256 status=none; chmod 600 /swap; mkswap /swap >/dev/null; swapon /swap")
+	ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+	defer cancel()
+	out, err := n.m.Run(ctx, "cd "+upstreamTree+"; GUEST_PULL_CONTAINERD=/usr/bin timeout 55m ./upstream -built -strict -suite cri,cri-guest -run '^("+
+		strings.Join(needMachine, "|")+")$' || { cat .build/*/upstream/results/cri*.some.log; exit 1; }")
+	require.NoError(t, err)
+	t.Log(out)
+	require.Equal(t, 2, strings.Count(out, fmt.Sprintf("%d passed, 0 failed, 0 skipped\n", len(needMachine))), out)
+	n.sh(t, "swapoff /swap; rm /swap; test ! -e /sys/fs/cgroup/gp-upstream-*")
+}
+
+func lastLine(s string) string {
+	lines := strings.Split(strings.TrimSpace(s), "\n")
+	return lines[len(lines)-1]
+}
+
 // orphans are the snapshots of containers that no container has, as the program that
 // users look with says, and directories that no snapshot has.
 func (n *machineNode) orphans(t *testing.T) []string {
@@ -162,9 +260,49 @@ func (n *machineNode) requireNoOrphans(t *testing.T) {
 	}, podTimeout, 2*time.Second)
 }
 
+// requireEmpty removes all pods and images, and then nothing may be left of them.
+func (n *machineNode) requireEmpty(t *testing.T) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 3*podTimeout)
+	defer cancel()
+	require.NoError(t, n.DeletePods(ctx))
+	// What a killed pull held stays under a lease that ends after a day.
+	leases, err := n.Node.Client.LeasesService().List(harness.CRI(ctx))
+	require.NoError(t, err)
+	for _, l := range leases {
+		require.NoError(t, n.Node.Client.LeasesService().Delete(harness.CRI(ctx), l))
+	}
+	require.NoError(t, n.Node.Empty(ctx))
+	// Containerd removes the working directories of containers that ran when the machine
+	// went down, but looks for them only in namespaces that have had a task since, and so
+	// not in the first start after it (core/runtime/v2, LoadExistingShims).
+	_, err = n.m.Run(ctx, "systemctl restart containerd")
+	require.NoError(t, err)
+	require.EventuallyWithT(t, func(c *assert.CollectT) {
+		left, err := n.Node.Objects(ctx)
+		require.NoError(c, err)
+		require.Empty(c, left)
+		files, err := n.m.Run(ctx, "cd "+cluster.ContainerdRoot+`
+			# Of what was never made there is nothing either.
+			for d in io.containerd.content.v1.content/blobs io.containerd.runtime.v2.task io.containerd.grpc.v1.cri \
+				/run/containerd/io.containerd.grpc.v1.cri /run/containerd/io.containerd.runtime.v2.task; do
+				! test -d $d || find $d -mindepth 2
+			done
+			for d in io.containerd.content.v1.content/ingest io.containerd.snapshotter.v1.*/snapshots; do
+				! test -d $d || find $d -mindepth 1
+			done
+			findmnt --noheadings --raw --output TARGET | grep -e /run/containerd -e /var/lib/containerd || true
+			ls /var/lib/kubelet/pods
+			ps -eo pid,args | grep [c]ontainerd-shim || true
+			systemctl list-units --plain --no-legend 'cri-containerd-*'`)
+		require.NoError(c, err)
+		require.Empty(c, files)
+	}, podTimeout, 2*time.Second)
+}
+
 // One machine, as people run them, from its first boot on.
 func TestMachine(t *testing.T) {
-	n := newMachine(t)
+	n := newMachine(t, "", upstreamFiles(t))
 	ok := func(name, what string, f func(t *testing.T)) {
 		if !t.Run(name, func(t *testing.T) {
 			record(t, wholeNode, what)
@@ -173,6 +311,8 @@ func TestMachine(t *testing.T) {
 			t.FailNow()
 		}
 	}
+
+	ok("enable", "one command, with kubelet there: the handler pulls in the guest, systemd has restarted containerd, no other file is changed", n.enable)
 
 	ok("boot", "systemd boots, cgroup v2, the package's containerd and kubelet run, check finds nothing", func(t *testing.T) {
 		require.Equal(t, "cgroup2fs\n", n.sh(t, "stat -f -c %T /sys/fs/cgroup"))
@@ -307,11 +447,11 @@ func TestMachine(t *testing.T) {
 		n.sh(t, "base64 -d >/root/next.deb <<END\n"+next+"END\n")
 		const installed = "dpkg-query -W -f '${Version}' $(dpkg-query -S /usr/bin/containerd | cut -d: -f1)"
 		version := n.sh(t, installed)
-		pid := n.sh(t, "systemctl show --property=MainPID --value containerd")
+		pid := n.sh(t, pidOf)
 		starting := c.pods(t, 1)
 		n.sh(t, "dpkg --install /root/next.deb; rm /root/next.deb")
 		require.Equal(t, version+"+next", n.sh(t, installed))
-		require.NotEqual(t, pid, n.sh(t, "systemctl show --property=MainPID --value containerd"), "containerd was not restarted")
+		require.NotEqual(t, pid, n.sh(t, pidOf), "containerd was not restarted")
 		for _, pod := range starting {
 			n.waitReady(t, pod)
 			n.delete(t, pod)
@@ -337,6 +477,22 @@ func TestMachine(t *testing.T) {
 		for _, pod := range fresh {
 			n.waitReady(t, pod)
 		}
+	})
+
+	ok("pause, the other way", "the pause image first pulled for a runc pod, then used by a guest pod; nothing is left of anything before", func(t *testing.T) {
+		n.requireEmpty(t)
+		img := n.push(t, images.Spec{Name: "other-way"})
+		for _, handler := range []string{harness.Runc, harness.Guest} {
+			n.run(t, n.Pod("other-way-"+handler, handler, main(img)))
+			n.requireRuns(t, "other-way-"+handler, "main", img)
+		}
+		n.requireEmpty(t)
+	})
+
+	ok("suites", "cases of containerd's CRI suite that need cgroup v2, swap, two memory nodes and a root with all capabilities: runc pods, guest pods", n.suite)
+
+	ok("disable", "the handler is given back: pods are named while they are in the way, and then the node is as before", func(t *testing.T) {
+		n.disable(t, n.push(t, images.Spec{Name: "last"}))
 	})
 }
 

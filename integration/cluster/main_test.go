@@ -341,7 +341,9 @@ func (n *node) requireNoWarnings(t *testing.T, pod string) {
 // exec runs a command in a container, through kube-apiserver and kubelet.
 func (n *node) exec(t *testing.T, pod, container string, cmd ...string) string {
 	t.Helper()
-	out, err := control.API.Exec(t.Context(), pod, container, cmd...)
+	ctx, cancel := context.WithTimeout(t.Context(), podTimeout)
+	defer cancel()
+	out, err := control.API.Exec(ctx, pod, container, cmd...)
 	require.NoError(t, err)
 	return out
 }

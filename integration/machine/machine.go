@@ -88,7 +88,8 @@ type Machine struct {
 
 const (
 	diskSize = "8G"
-	memory   = "3072"
+	memory   = "3072M"
+	half     = "1536M" // of the memory
 	cpus     = "2"
 
 	buildLimit = 10 * time.Minute
@@ -286,6 +287,9 @@ func (m *Machine) Boot(ctx context.Context) error {
 	}
 	cmd := exec.Command(qemu, "-nodefaults", "-no-user-config", "-display", "none",
 		"-machine", "q35", "-accel", accelerator, "-cpu", cpu, "-smp", cpus, "-m", memory,
+		// Two memory nodes, with a processor each.
+		"-object", "memory-backend-ram,id=memory0,size="+half, "-numa", "node,memdev=memory0,cpus=0",
+		"-object", "memory-backend-ram,id=memory1,size="+half, "-numa", "node,memdev=memory1,cpus=1",
 		"-kernel", image, "-initrd", initrd,
 		"-append", kernelArguments,
 		"-chardev", "file,id=console,path="+m.Console()+",append=on", "-serial", "chardev:console",
