@@ -17,6 +17,7 @@
 package harness
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -30,6 +31,8 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/core/sandbox"
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -43,6 +46,7 @@ type Interruptions struct {
 	Ingests   int // directories of downloads that were not written down yet, or not any more
 	Shims     int // that it had not written down yet
 	States    int // of runc, of containers that have no process
+	Networks  int // network namespaces of sandboxes that it had not written down yet
 }
 
 // Add adds what was left at another time.
@@ -53,6 +57,7 @@ func (i *Interruptions) Add(o Interruptions) {
 	i.Ingests += o.Ingests
 	i.Shims += o.Shims
 	i.States += o.States
+	i.Networks += o.Networks
 }
 
 // ForgetInterruptions does to a node what time and a reboot do, and returns what it
@@ -61,7 +66,7 @@ func (i *Interruptions) Add(o Interruptions) {
 func (n *Node) ForgetInterruptions(ctx context.Context) (Interruptions, error) {
 	var i Interruptions
 	err := errors.Join(n.removeLeases(ctx, &i), n.removeHiddenBundles(&i), n.removeHalfIngests(&i), n.GC(ctx))
-	return i, errors.Join(err, n.endLostShims(ctx, &i), n.removeLostStates(&i), n.removeDeadSockets())
+	return i, errors.Join(err, n.endLostShims(ctx, &i), n.removeLostStates(&i), n.removeLostNetworks(ctx, &i), n.removeDeadSockets())
 }
 
 // removeLeases removes the leases that end by themselves, and those that CRI makes
@@ -201,6 +206,36 @@ func (n *Node) removeDeadSockets() error {
 		}
 	}
 	return nil
+}
+
+// removeLostNetworks: containerd makes the network namespace of a sandbox and then
+// writes its path down, which waits for the disk (internal/cri/server/sandbox_run.go,
+// NewNetNS and the update of the sandbox store after it). One that no sandbox has
+// written down goes with a reboot.
+func (n *Node) removeLostNetworks(ctx context.Context, i *Interruptions) error {
+	paths, err := filepath.Glob(n.join("state", "io.containerd.grpc.v1.cri", "netns", "*"))
+	if err != nil || len(paths) == 0 {
+		return err
+	}
+	sandboxes, err := n.Client.SandboxStore().List(CRI(ctx))
+	if err != nil {
+		return err
+	}
+	for _, path := range paths {
+		if slices.ContainsFunc(sandboxes, func(s sandbox.Sandbox) bool {
+			for _, e := range s.Extensions {
+				if bytes.Contains(e.GetValue(), []byte(path)) {
+					return true
+				}
+			}
+			return false
+		}) {
+			continue
+		}
+		i.Networks++
+		err = errors.Join(err, unix.Unmount(path, unix.MNT_DETACH), os.Remove(path))
+	}
+	return err
 }
 
 // knows reports whether containerd has a bundle for a container, or for a sandbox
