@@ -34,6 +34,8 @@ mkdir -p "$root" "$dist"
 left_out=(integration builder/patch builder/containerd/stock_test.go patches/containerd/v*
 	builder/package/{dist,package,repository,reproducible,release}.sh builder/package/package_test.go go.mod go.sum)
 git ls-files -z -- . ':!.*' "${left_out[@]/#/:!}" | tar --create --null --files-from - | tar --extract --directory "$root"
+# A line whose patches are all common to the lines has none of its own.
+mkdir -p "$root/patches/containerd/v$LINE"
 git ls-files -z -- "patches/containerd/v$LINE/*.patch" | tar --create --null --files-from - | tar --extract --directory "$root"
 
 # go mod vendor leaves out what is no Go: the sources of containerd's man pages.
