@@ -107,11 +107,11 @@ func (c *checker) checkDistributions() {
 		if filepath.Clean(endpoint) == filepath.Clean(address) || c.Host.same(endpoint, address) {
 			continue
 		}
-		problem := fmt.Sprintf("%s (%s) uses the containerd at %s, not this one at %s", d.name, unit, endpoint, address)
+		which := "the containerd"
 		if endpoint == d.socket {
-			problem = fmt.Sprintf("%s (%s) uses the containerd that it brings, at %s, not this one at %s", d.name, unit, endpoint, address)
+			which += " that it brings,"
 		}
-		c.add(Error, "distribution", problem,
+		c.add(Error, "distribution", fmt.Sprintf("%s (%s) uses %s at %s, not this one at %s", d.name, unit, which, endpoint, address),
 			"the node's pods are not this containerd's: no image of theirs is left to a guest, whatever is configured here",
 			fmt.Sprintf(d.remedy, address)+"; drain the node first, its pods do not move along (builder/DISTRIBUTIONS.md)")
 	}
