@@ -10,9 +10,9 @@ VERSION  ?= 0.2.0
 REVISION ?= $(shell git rev-parse HEAD 2>/dev/null)$(shell git diff --quiet HEAD 2>/dev/null || echo .m)
 
 # The minor version of containerd to build. go.mod has the version of one line, and
-# patches/containerd/vLINE/go.mod that of another.
+# patches/containerd/vLINE/go.mod that of another. A source archive is of one line.
 LINE  ?= 2.4
-LINES := $(patsubst patches/containerd/v%,%,$(wildcard patches/containerd/v*))
+LINES := $(if $(ARCHIVE),$(LINE),$(patsubst patches/containerd/v%,%,$(wildcard patches/containerd/v*)))
 ifeq ($(filter $(LINE),$(LINES)),)
 $(error there is no line $(LINE); LINE is one of: $(LINES))
 endif

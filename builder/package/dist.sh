@@ -32,7 +32,7 @@ mkdir -p "$root" "$dist"
 
 # What is of another line, or of no use without git, the module cache or a network.
 left_out=(integration builder/patch builder/containerd/stock_test.go patches/containerd/v*
-	builder/package/{dist,package,repository,reproducible,release}.sh builder/package/package_test.go go.mod go.sum)
+	builder/package/{dist,package,repository,reproducible,release}.sh builder/package/{package,repository}_test.go go.mod go.sum)
 git ls-files -z -- . ':!.*' "${left_out[@]/#/:!}" | tar --create --null --files-from - | tar --extract --directory "$root"
 # A line whose patches are all common to the lines has none of its own.
 mkdir -p "$root/patches/containerd/v$LINE"

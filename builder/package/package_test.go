@@ -60,7 +60,7 @@ const (
 var (
 	line, other = lines()
 	pkg         = "containerd-guest-pull-" + line
-	archive     = "containerd-guest-pull-" + line + ".*"
+	archive     = pkg + "-*"
 	otherPkg    = "containerd-guest-pull-" + other
 )
 
