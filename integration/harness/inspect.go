@@ -394,6 +394,16 @@ func (n *Node) removeCgroups(ctx context.Context) error {
 	})
 }
 
+// MakeCgroup makes the pod's cgroup in every hierarchy, as kubelet does. Runtimes make
+// it if it is not there, but for a guest that does nothing (guest.Config.Idle).
+func (p *Pod) MakeCgroup() error {
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
+	for _, m := range mounts {
+		err = errors.Join(err, os.MkdirAll(filepath.Join(m.Mountpoint, p.Config.Linux.CgroupParent), 0o755))
+	}
+	return err
+}
+
 // RemoveCgroup removes a cgroup, by its directory, and those below it. Only
 // directories can be removed: the files of a cgroup go with it.
 func RemoveCgroup(dir string) error {

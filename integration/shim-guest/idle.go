@@ -21,9 +21,11 @@ import (
 	"os"
 	"sync"
 
+	cgroups "github.com/containerd/cgroups/v3/cgroup2/stats"
 	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
 	tasktypes "github.com/containerd/containerd/api/types/task"
 	ptypes "github.com/containerd/containerd/v2/pkg/protobuf/types"
+	"github.com/containerd/typeurl/v2"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
@@ -80,6 +82,19 @@ func (i *idleTasks) State(ctx context.Context, r *taskAPI.StateRequest) (*taskAP
 		return resp, nil
 	}
 	return i.TTRPCTaskService.State(ctx, r)
+}
+
+// Stats reports a little of everything, as containerd answers kubelet from it.
+func (i *idleTasks) Stats(ctx context.Context, r *taskAPI.StatsRequest) (*taskAPI.StatsResponse, error) {
+	if !i.of(r.ID, func(*idleTask) {}) {
+		return i.TTRPCTaskService.Stats(ctx, r)
+	}
+	stats, err := typeurl.MarshalAnyToProto(&cgroups.Metrics{
+		CPU:    &cgroups.CPUStat{UsageUsec: 1},
+		Memory: &cgroups.MemoryStat{Usage: 1, UsageLimit: 2},
+		Pids:   &cgroups.PidsStat{Current: 1},
+	})
+	return &taskAPI.StatsResponse{Stats: stats}, err
 }
 
 func (i *idleTasks) Kill(ctx context.Context, r *taskAPI.KillRequest) (*ptypes.Empty, error) {
