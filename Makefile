@@ -170,7 +170,7 @@ package-line: $(CYCLONEDX)
 REPOSITORY ?= $(BUILD_DIR)/repository
 
 repository: repository-deps ## lay out signed apt and dnf repositories of what `make package` made, in .build/repository/: KEY, of gpg
-	KEY='$(KEY)' SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) builder/package/repository.sh $(DIST) $(REPOSITORY)
+	KEY='$(KEY)' builder/package/repository.sh $(DIST) $(REPOSITORY)
 .PHONY: repository
 
 repository-deps:

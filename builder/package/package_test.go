@@ -872,7 +872,8 @@ printf '[test]\nname=test\nbaseurl=file:///repository\ngpgcheck=0\n' >/etc/yum.r
 		assert.Equal(t, "enabled\nactive\n", run("systemctl is-enabled containerd; systemctl is-active containerd"))
 	}
 
-	run("dnf install -y containerd && dnf upgrade -y --setopt=obsoletes=0")
+	// Docker's, which obsoletes it, would be taken for it.
+	run("dnf install -y --setopt=obsoletes=0 containerd && dnf upgrade -y --setopt=obsoletes=0")
 	assert.Equal(t, "containerd\n", installed())
 
 	assert.Contains(t, run("dnf install -y "+pkg+" 2>&1 || true"), "--allowerasing", "the way to replace it")

@@ -4,14 +4,12 @@
 
 # repository.sh DIST REPOSITORY: lay out signed repositories of the packages in DIST:
 # REPOSITORY/deb for apt, REPOSITORY/rpm for dnf, and the key, REPOSITORY/guest-pull.asc.
-# `make repository` calls it, with these variables:
+# `make repository` calls it. KEY is that of the signature, as gpg --local-user takes it.
 #
-#   KEY                of the signature, as gpg --local-user takes it
-#   SOURCE_DATE_EPOCH  what the repositories are dated
-#
-# apt verifies the signature of InRelease, which has the digests of the lists, which
-# have those of the packages. dnf verifies that of repomd.xml likewise, and that of each
-# package, which is signed for it here.
+# They are dated now, and not as the packages: apt does not take lists that are no newer
+# than those that it has. It verifies the signature of InRelease, which has the digests of
+# the lists, which have those of the packages. dnf verifies that of repomd.xml likewise,
+# and that of each package, which is signed for it here.
 set -euo pipefail
 umask 022
 export LC_ALL=C TZ=UTC
@@ -39,7 +37,6 @@ cp "$dist"/*.deb "$dist"/*.dsc "$dist"/*.debian.tar.xz "$dist"/*.orig.tar.xz deb
 		-o APT::FTPArchive::Release::Suite=stable -o APT::FTPArchive::Release::Codename=stable \
 		-o APT::FTPArchive::Release::Components=main -o APT::FTPArchive::Release::Architectures="${arches% }" \
 		release dists/stable >Release
-	sed -i "s/^Date: .*/Date: $(date -u -R -d "@$SOURCE_DATE_EPOCH")/" Release
 	mv Release dists/stable/
 	gpg --batch --local-user "$KEY" --clearsign --output dists/stable/InRelease dists/stable/Release
 	gpg --batch --local-user "$KEY" --detach-sign --armor --output dists/stable/Release.gpg dists/stable/Release
@@ -47,7 +44,7 @@ cp "$dist"/*.deb "$dist"/*.dsc "$dist"/*.debian.tar.xz "$dist"/*.orig.tar.xz deb
 
 cp "$dist"/*.rpm rpm/
 rpmsign --define "__gpg $(command -v gpg)" --define "_gpg_name $KEY" --addsign rpm/*.rpm >/dev/null
-createrepo_c --quiet --revision "$SOURCE_DATE_EPOCH" --set-timestamp-to-revision rpm
+createrepo_c --quiet rpm
 gpg --batch --local-user "$KEY" --detach-sign --armor rpm/repodata/repomd.xml
 
 rm -rf "$repository"

@@ -124,7 +124,8 @@ func TestAptRepository(t *testing.T) {
 	assert.NotContains(t, r.installed(), pkg)
 
 	repo.spoil("deb/pool/*.deb")
-	out, err := r.try("apt-get install -y --no-install-recommends "+pkg, false)
+	// Not those that it has from before.
+	out, err := r.try("apt-get clean; apt-get install -y --no-install-recommends "+pkg, false)
 	require.Error(t, err, out)
 	assert.Regexp(t, "unexpected size|Hash Sum mismatch", out)
 	assert.NotContains(t, r.installed(), pkg)
@@ -156,6 +157,12 @@ dnf install -y containerd && dnf upgrade -y`)
 		assert.Equal(t, p+"\n", installed())
 		assert.Contains(t, r.run("containerd --version"), "+guest-pull.")
 	}
+	// The next patch release of containerd, as far as dnf can tell.
+	r.standIn(otherPkg, other+".99+guestpull.0.2.0", "Requires: runc, fuse3\nConflicts: containerd")
+	host(t, "cp", filepath.Join(r.dir, "upper/repository", otherPkg+"-"+other+".99+guestpull.0.2.0.rpm"), repo.dist)
+	repo.make(repo.of)
+	r.run("dnf clean expire-cache && dnf upgrade -y")
+	assert.Equal(t, other+".99+guestpull.0.2.0\n", r.run("rpm -q --qf '%{VERSION}\n' "+otherPkg))
 	r.run("dnf remove -y " + otherPkg)
 	assert.Empty(t, installed())
 
