@@ -769,7 +769,7 @@ func TestOtherArchitectures(t *testing.T) {
 // Errors of lintian and rpmlint are errors of the package; their warnings are shown.
 func TestLint(t *testing.T) {
 	r := newRoot(t)
-	r.run("apt-get install -y -qq --no-install-recommends lintian rpmlint")
+	r.run("apt-get install -y -qq --no-install-recommends lintian rpm rpmlint")
 	var debs, rpms []string
 	for _, arch := range arches(t) {
 		debs = append(debs, filepath.Base(one(t, pkg+"_*_"+debArch(arch)+".deb")))
