@@ -130,7 +130,10 @@ PACKAGE_ENV = NAME=$(PACKAGE) LINE=$(LINE) VERSION=$(VERSION) REVISION=$(REVISIO
 
 dist: ## make the source archives of both lines into .build/dist/: all that a build needs besides Go
 	set -e; for line in $(LINES); do $(MAKE) --no-print-directory dist-line LINE=$$line; done
+	$(CHECKSUMS)
 .PHONY: dist
+
+CHECKSUMS = cd $(DIST) && rm -f SHA256SUMS && sha256sum * >SHA256SUMS
 
 dist-line: patched
 	$(PACKAGE_ENV) builder/package/dist.sh $(LINE_DIR)/dist $(DIST)
@@ -160,7 +163,7 @@ package: packages-deps ## build .deb, .rpm and .tar.gz of both lines for four ar
 	rm -rf $(DIST)
 	$(MAKE) --no-print-directory dist
 	set -e; for line in $(LINES); do $(MAKE) --no-print-directory package-line LINE=$$line; done
-	cd $(DIST) && sha256sum * >SHA256SUMS
+	$(CHECKSUMS)
 .PHONY: package
 
 package-line: $(CYCLONEDX)
