@@ -873,7 +873,7 @@ printf '[test]\nname=test\nbaseurl=file:///repository\ngpgcheck=0\n' >/etc/yum.r
 	}
 
 	// Docker's, which obsoletes it, would be taken for it.
-	run("dnf install -y --setopt=obsoletes=0 containerd && dnf upgrade -y --setopt=obsoletes=0")
+	run("dnf install -y --exclude=containerd.io containerd && dnf upgrade -y --exclude=containerd.io")
 	assert.Equal(t, "containerd\n", installed())
 
 	assert.Contains(t, run("dnf install -y "+pkg+" 2>&1 || true"), "--allowerasing", "the way to replace it")
