@@ -25,6 +25,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -139,8 +140,9 @@ func thaw(name string) error {
 			case d.Name() == "cgroup.freeze" && m.FSType == "cgroup2":
 				err = os.WriteFile(path, []byte("0"), 0o644)
 			}
-			// The root of a hierarchy has such a file and cannot be written.
-			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENODEV) {
+			// The root of a hierarchy has such a file and cannot be written, nor can that of a
+			// namespace where systemd has mounted the hierarchy (nsdelegate).
+			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EPERM) {
 				return nil
 			}
 			return err
@@ -198,6 +200,9 @@ func enterCgroups(name string) error {
 
 // first is process 1 of the sandbox.
 func first(hosts []string) error {
+	// Namespaces that are entered from here on are the thread's, and what is started
+	// has those of the thread that starts it.
+	runtime.LockOSThread()
 	dir := os.Getenv("GUEST_PULL_UPSTREAM_DIR")
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("keep the sandbox's mounts to itself: %w", err)
