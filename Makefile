@@ -350,12 +350,12 @@ endif
 .PHONY: kubelets
 
 # A Debian for a virtual machine, with a kernel, whose initial RAM disk has what
-# QEMU's needs, and what containerd's package depends on.
-MACHINE_ROOT := $(BUILD_DIR)/machine-bookworm-2
+# QEMU's needs, with what containerd's package depends on, and its suites run.
+MACHINE_ROOT := $(BUILD_DIR)/machine-bookworm-3
 
 $(MACHINE_ROOT):
 	rm -rf $@.tmp
-	debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,udev,openssh-server,kmod,procps,ca-certificates,runc,fuse3,iproute2,containernetworking-plugins,linux-image-cloud-amd64,initramfs-tools,zstd \
+	debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,udev,openssh-server,kmod,procps,ca-certificates,runc,fuse3,busybox-static,iproute2,containernetworking-plugins,erofs-utils,linux-image-cloud-amd64,initramfs-tools,zstd \
 		bookworm $@.tmp '$(DEBIAN_MIRROR)' >/dev/null
 	echo MODULES=list >$@.tmp/etc/initramfs-tools/conf.d/machine
 	printf '%s\n' ext4 virtio_pci virtio_blk >>$@.tmp/etc/initramfs-tools/modules
@@ -367,8 +367,8 @@ machine-deps:
 	@$(MAKE) --no-print-directory deps DEBIAN_PACKAGES='debootstrap e2fsprogs qemu-system-x86'
 .PHONY: machine-deps
 
-test-node: deps machine-deps package test-tools kubernetes $(MACHINE_ROOT) ## boot a virtual machine with the package, systemd, cgroup v2 and kubelet, run pods in it, and cut its power (amd64; minutes with KVM, an hour without)
-	cd integration && GUEST_PULL_CONTAINERD=$(abspath $(LINE_DIR)/package/amd64/bin) $(GO) run ./upstream -build
+test-node: deps machine-deps package build test-tools kubernetes $(MACHINE_ROOT) ## boot a virtual machine with the package, systemd, cgroup v2 and kubelet, run pods in it, and cut its power (amd64; minutes with KVM, an hour without)
+	cd integration && GUEST_PULL_CONTAINERD=$(abspath $(BIN)) $(GO) run ./upstream -build
 	cd integration && CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -o $(GUEST_PULL_UPSTREAM) ./upstream
 	$(E2E) -timeout 6h -run '^(TestMachine|TestPowerCuts)'
 test-node: export GUEST_PULL_MACHINE := $(abspath $(MACHINE_ROOT))

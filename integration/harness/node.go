@@ -145,7 +145,7 @@ func Remote(dial func(context.Context) (net.Conn, error)) (*Node, error) {
 }
 
 // Disconnect ends the connection to a Remote node.
-func (n *Node) Disconnect() error { return errors.Join(n.Client.Close(), n.conn.Close()) }
+func (n *Node) Disconnect() error { return n.conn.Close() }
 
 // PushPause puts an image for sandboxes into a registry, as pause:1, and returns its
 // reference.
