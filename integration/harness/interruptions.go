@@ -27,7 +27,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
-	"syscall"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/leases"
@@ -158,7 +157,7 @@ func (n *Node) endLostShims(ctx context.Context, i *Interruptions) error {
 			if time.Since(began) < 5*time.Second || killed[p.pid] {
 				continue
 			}
-			if err := syscall.Kill(p.pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+			if err := unix.Kill(p.pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
 				return err
 			}
 			killed[p.pid] = true
