@@ -69,6 +69,7 @@ var knownShapes = []struct {
 	{"a layer that claims to be a manifest", images.Shape{More: 1, LayerType: "application/vnd.oci.image.manifest.v1+json"}, true},
 	{"only a layer that claims to be an index", images.Shape{LayerType: "application/vnd.docker.distribution.manifest.list.v2+json"}, true},
 	{"an index of other platforms", images.Shape{Indexes: 1, OnlyOthers: true}, true},
+	{"an artifact in an index of other platforms", images.Shape{Indexes: 1, OnlyOthers: true, Companion: true}, true},
 	{"a large config", images.Shape{ConfigSize: 1 << 20}, false},
 	{"a config too large to be one", images.Shape{ConfigSize: 9 << 20}, true},
 	{"annotations that are labels elsewhere", images.Shape{More: 1, Annotations: annotations[0]}, false},
