@@ -6,10 +6,11 @@
 # REPOSITORY/deb for apt, REPOSITORY/rpm for dnf, and the key, REPOSITORY/guest-pull.asc.
 # `make repository` calls it. KEY is that of the signature, as gpg --local-user takes it.
 #
-# They are dated now, and not as the packages: apt does not take lists that are no newer
-# than those that it has. It verifies the signature of InRelease, which has the digests of
-# the lists, which have those of the packages. dnf verifies that of repomd.xml likewise,
-# and that of each package, which is signed for it here.
+# They are dated now, and not as the packages: apt takes no lists that are older than
+# those that it has, as those of packages that are taken back would be. It verifies the
+# signature of InRelease, which has the digests of the lists, which have those of the
+# packages. dnf verifies that of repomd.xml likewise, and that of each package, which is
+# signed for it here.
 set -euo pipefail
 umask 022
 export LC_ALL=C TZ=UTC

@@ -82,7 +82,7 @@ func (r *repository) next(root *root) {
 	root.run("dpkg-deb -R " + deb(r.t, pkg) + ` /root/next
 sed -i -E 's/^(Version: [0-9]+\.[0-9]+)\.[0-9]+/\1.99/' /root/next/DEBIAN/control
 dpkg-deb --build -Znone /root/next /root/next.deb >/dev/null`)
-	host(r.t, "cp", filepath.Join(root.dir, "upper/root/next.deb"), filepath.Join(r.dist, pkg+"_next.deb"))
+	host(r.t, "cp", filepath.Join(root.dir, "upper/root/next.deb"), filepath.Join(r.dist, pkg+"_next_"+debArch(runtime.GOARCH)+".deb"))
 }
 
 // spoil adds a byte to each file that matches.
