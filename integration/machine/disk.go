@@ -43,6 +43,10 @@ type disk struct {
 	conn    net.Conn
 	flushes int
 	served  sync.WaitGroup
+	// When so many blocks are in the cache, full is closed, and nobody is answered any
+	// more; 0: never.
+	limit int
+	full  chan struct{}
 }
 
 // block is what a power cut keeps or loses as a whole.
@@ -86,6 +90,15 @@ func newDisk(path, socket string) (*disk, error) {
 	return d, nil
 }
 
+// fill returns a channel that is closed as soon as so many blocks are in the cache. The
+// request that brings them there, and all that follow, have no answer then.
+func (d *disk) fill(blocks int) <-chan struct{} {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.limit, d.full = blocks, make(chan struct{})
+	return d.full
+}
+
 // cut is what a loss of power does: of each block in the cache it keeps what the
 // disk had before, or what was written last. The machine must not run any more. It
 // returns how many blocks there were, and how many were lost.
@@ -93,6 +106,7 @@ func (d *disk) cut(random *rand.Rand) (written, lost int, err error) {
 	d.disconnect()
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	d.limit = 0
 	// Sometimes nothing is lost, and sometimes everything.
 	keep := random.Float64()*1.5 - 0.25
 	numbers := make([]uint64, 0, len(d.cache))
@@ -311,7 +325,13 @@ func (d *disk) serve(conn net.Conn) error {
 		var code uint32
 		d.mu.Lock()
 		err := d.do(r.Command, r.Flags, r.Offset, r.Length, data)
+		full := d.limit > 0 && len(d.cache) >= d.limit
 		d.mu.Unlock()
+		if full {
+			close(d.full)
+			_, err := io.Copy(io.Discard, conn) // until the machine is killed
+			return err
+		}
 		switch {
 		case errors.Is(err, errInvalid):
 			code = nbdEINVAL

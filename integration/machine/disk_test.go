@@ -17,13 +17,17 @@ package machine
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
+	"io"
 	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -87,6 +91,60 @@ func TestCut(t *testing.T) {
 	}
 	require.NotZero(t, kept)
 	require.NotZero(t, lost)
+}
+
+// A disk whose cache is as full as a cut waits for does not answer any more: what the
+// machine would do upon the answer is not done. Served again, it does.
+func TestCutWhileWriting(t *testing.T) {
+	d := newTestDisk(t)
+	connect := func() net.Conn {
+		conn, err := net.Dial("unix", d.listen.Addr().String())
+		require.NoError(t, err)
+		t.Cleanup(func() { conn.Close() })
+		require.NoError(t, conn.SetDeadline(time.Now().Add(10*time.Second)))
+		_, err = io.CopyN(io.Discard, conn, 18)
+		require.NoError(t, err)
+		_, err = conn.Write(binary.BigEndian.AppendUint32(nil, 3))
+		require.NoError(t, err)
+		_, err = conn.Write(binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint64(nil, optionMagic), optExportName), 0))
+		require.NoError(t, err)
+		_, err = io.CopyN(io.Discard, conn, 10)
+		require.NoError(t, err)
+		return conn
+	}
+	request := func(conn net.Conn, command uint16, n uint64, data []byte) {
+		b := binary.BigEndian.AppendUint32(nil, requestMagic)
+		b = binary.BigEndian.AppendUint16(b, 0)
+		b = binary.BigEndian.AppendUint16(b, command)
+		b = binary.BigEndian.AppendUint64(b, n)
+		b = binary.BigEndian.AppendUint64(b, n*block)
+		b = binary.BigEndian.AppendUint32(b, uint32(len(data)))
+		_, err := conn.Write(append(b, data...))
+		require.NoError(t, err)
+	}
+	answered := func(conn net.Conn) error {
+		_, err := io.CopyN(io.Discard, conn, 16)
+		return err
+	}
+	conn := connect()
+	full := d.fill(2)
+	request(conn, cmdWrite, 0, blocks('a', 1))
+	require.NoError(t, answered(conn))
+	request(conn, cmdFlush, 0, nil)
+	require.NoError(t, answered(conn))
+	request(conn, cmdWrite, 1, blocks('b', 1))
+	require.NoError(t, answered(conn))
+	request(conn, cmdWrite, 2, blocks('c', 1))
+	<-full
+	request(conn, cmdFlush, 0, nil)
+	require.NoError(t, conn.SetDeadline(time.Now().Add(100*time.Millisecond)))
+	require.ErrorIs(t, answered(conn), os.ErrDeadlineExceeded)
+	written, _, err := d.cut(rand.New(rand.NewPCG(0, 0)))
+	require.NoError(t, err)
+	require.Equal(t, 2, written, "the flush was done")
+	conn = connect()
+	request(conn, cmdWrite, 1, blocks('d', 3))
+	require.NoError(t, answered(conn))
 }
 
 func TestDiskRequests(t *testing.T) {

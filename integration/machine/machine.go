@@ -26,6 +26,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	mathrand "math/rand/v2"
 	"net"
 	"os"
@@ -474,10 +475,24 @@ func (m *Machine) Reboot(ctx context.Context) error {
 	}
 }
 
-// Cut takes the machine's power away: it ends at once, and of what it had written to
-// its disk and not flushed, each block is there or is not. It returns how many blocks
-// there were, and how many are lost. [Machine.Boot] switches it on again.
+// Most of the time nothing is written, or what was is flushed at once. So a cut waits
+// until a random number of blocks, up to unflushed, is in the disk's cache, but not longer
+// than fillLimit.
+const (
+	unflushed = 128
+	fillLimit = 15 * time.Second
+)
+
+// Cut takes the machine's power away, while it writes if it does: it ends, and of what it
+// had written to its disk and not flushed, each block is there or is not. It returns how
+// many blocks there were, and how many are lost. [Machine.Boot] switches it on again.
 func (m *Machine) Cut(random *mathrand.Rand) (written, lost int, err error) {
+	// Small numbers are as likely as large ones.
+	blocks := int(math.Pow(unflushed, random.Float64()))
+	select {
+	case <-m.disk.fill(blocks):
+	case <-time.After(fillLimit):
+	}
 	if err := m.kill(); err != nil {
 		return 0, 0, err
 	}
