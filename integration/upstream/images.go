@@ -172,6 +172,17 @@ func pushImages(reg *registry.Registry, noNewPrivs string) error {
 	if err != nil {
 		return err
 	}
+	whiteout, err := withFiles(shell, []entry{
+		{name: "file-to-delete", mode: 0o644},
+		{name: "dir-to-delete/", mode: 0o755},
+		{name: "dir-to-delete/file", mode: 0o644},
+	}, nil)
+	if err != nil {
+		return err
+	}
+	if whiteout, err = withFiles(whiteout, []entry{{name: ".wh.file-to-delete"}, {name: ".wh.dir-to-delete"}}, nil); err != nil {
+		return err
+	}
 	all, err := critestImages(shell, noNewPrivs)
 	if err != nil {
 		return err
@@ -183,6 +194,7 @@ func pushImages(reg *registry.Registry, noNewPrivs string) error {
 		"containerd/volume-copy-up:2.1":          copyUp,
 		"containerd/volume-copy-up:2.2":          copyUp,
 		"containerd/volume-ownership:2.1":        ownership,
+		"containerd/whiteout-test:1.0":           whiteout, // of 2.3
 		"pause:3.6":                              pause,
 		"pause:3.10.2":                           pause,
 		"e2e-test-images/busybox:1.29-2":         shell,
