@@ -204,7 +204,13 @@ func (n *Node) Leftovers(ctx context.Context) ([]string, error) {
 			return nil, err
 		}
 		for _, p := range paths {
-			report("file %s", p)
+			within := ""
+			if strings.HasPrefix(filepath.Base(p), ".") {
+				// A bundle whose removal did not come to its end: what kept it?
+				entries, _ := os.ReadDir(p)
+				within = fmt.Sprintf(", with %v", entries)
+			}
+			report("file %s%s", p, within)
 		}
 	}
 	mounts, err := n.mounts()
