@@ -121,7 +121,7 @@ func run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	exceptions, err := readExceptions(filepath.Join(t.repo, "integration", "upstream", "exceptions.txt"))
+	exceptions, err := readExceptions(filepath.Join(t.repo, "integration", "upstream", "exceptions.txt"), t.version)
 	if err != nil {
 		return err
 	}

@@ -47,10 +47,13 @@ panic: test timed out`))
 // passes nowhere has to be in it.
 func TestJudge(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "exceptions.txt")
-	require.NoError(t, os.WriteFile(path, []byte("# why\n\nx TestRegression not really\nx TestKnown/one needs a thing\nx TestPasses was wrong once\nother TestUnknown for another suite\n"), 0o600))
-	list, err := readExceptions(path)
+	require.NoError(t, os.WriteFile(path, []byte("# why\n\nx TestRegression not really\nx TestKnown/one needs a thing\nx TestPasses was wrong once\nother TestUnknown for another suite\nx TestUnknown v2.3: has it not\n"), 0o600))
+	list, err := readExceptions(path, "v2.4.2")
 	require.NoError(t, err)
 	require.Len(t, list, 4)
+	ofAnother, err := readExceptions(path, "v2.3.7")
+	require.NoError(t, err)
+	require.Len(t, ofAnother, 5)
 
 	baseline := results{"TestGood": passed, "TestRegression": passed, "TestKnown": failed, "TestKnown/one": failed, "TestUnknown": failed, "TestGone": passed, "TestPasses": failed}
 	ours := results{"TestGood": passed, "TestRegression": failed, "TestKnown": failed, "TestKnown/one": failed, "TestUnknown": failed, "TestPasses": passed}
@@ -66,13 +69,13 @@ func TestJudge(t *testing.T) {
 	require.Equal(t, map[string]bool{"TestRegression": false, "TestKnown/one": true, "TestPasses": false, "TestUnknown": false}, used)
 
 	require.NoError(t, os.WriteFile(path, []byte("x TestWithoutReason\n"), 0o600))
-	_, err = readExceptions(path)
+	_, err = readExceptions(path, "v2.4.2")
 	require.ErrorContains(t, err, "exceptions.txt:1")
 }
 
 // The list itself can be read, and each of its suites exists.
 func TestExceptions(t *testing.T) {
-	list, err := readExceptions("exceptions.txt")
+	list, err := readExceptions("exceptions.txt", "v2.4.2")
 	require.NoError(t, err)
 	known := map[string]bool{}
 	for _, s := range suites {
