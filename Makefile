@@ -403,7 +403,7 @@ bench-modfile: patched
 	$(GO) mod edit -replace=$(CONTAINERD)=$(CURDIR)/$(LINE_DIR)/patched/containerd $(BENCH)/go.mod
 .PHONY: bench-modfile
 
-bench: deps build test-tools bench-binaries bench-modfile ## measure everything against its peers (ten minutes); results go to integration/bench/
+bench: deps build test-tools bench-binaries bench-modfile ## measure everything against its peers (twelve minutes); results go to integration/bench/
 	$(BENCH_RUN) -out bench
 .PHONY: bench
 
