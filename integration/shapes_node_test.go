@@ -18,9 +18,11 @@ package integration_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -28,6 +30,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -223,6 +226,9 @@ type imageUse struct {
 	pods    []*harness.Pod
 	// onHost: a pod on the host could run without a pull.
 	onHost bool
+	// asVolume: a pod on the host had it as a volume, whose pull, or whose mount, may have
+	// unpacked what no container's pull does.
+	asVolume bool
 	// removed: how the image came to the node no longer counts.
 	removed bool
 }
@@ -292,7 +298,7 @@ func (u *imageUse) pod(ctx context.Context, p shapePod) error {
 		if err := u.on.RemoveImage(ctx, u.ref); err != nil {
 			return err
 		}
-		u.onHost, u.removed = false, true
+		u.onHost, u.asVolume, u.removed = false, false, true
 	}
 	if p.Runc {
 		return u.runcPod(ctx, p)
@@ -370,13 +376,18 @@ func (u *imageUse) runcPod(ctx context.Context, p shapePod) error {
 	if err != nil {
 		return err
 	}
-	last := errs[len(errs)-1]
+	last, asVolume := errs[len(errs)-1], u.asVolume
+	u.asVolume = u.asVolume || p.Volume
 	switch {
 	case p.Policy == harness.Never && !u.onHost:
-		if last == nil && !u.isOfImagesThatStay() {
+		if last == nil && !asVolume && !u.isOfImagesThatStay() {
 			return &shapeError{"a pod on the host runs without an image", errors.New("pull policy Never")}
 		}
 		return nil
+	case stockRuns > 0 && last != nil && u.isOfImagesThatStay() && u.isForeign() && strings.Contains(last.Error(), "parent snapshot"):
+		// A fault that is known: a guest had it first, the content of all its layers is
+		// there for another image, and containerd unpacks nothing for another platform
+		// when it creates a container.
 	case stockRuns > 0 && last != nil:
 		return &shapeError{"a pod on the host never runs, on stock containerd it does", last}
 	case stockRuns > 0 && len(errs) > stockRuns && !strings.Contains(errs[0].Error(), "has to be pulled for this snapshotter"):
@@ -384,7 +395,7 @@ func (u *imageUse) runcPod(ctx context.Context, p shapePod) error {
 	case u.c.Image.Indexes > 0 && u.c.Image.NoPlatform && stockRuns == 0 && last == nil:
 		// Stock containerd cannot tell the size of an image whose index names
 		// platforms for others.
-	case stockRuns == 0 && last == nil:
+	case stockRuns == 0 && last == nil && !asVolume:
 		return &shapeError{"a pod on the host runs, on stock containerd it does not", errors.New("no error")}
 	}
 	u.onHost = u.onHost || last == nil
@@ -397,6 +408,14 @@ func (u *imageUse) runcPod(ctx context.Context, p shapePod) error {
 func (u *imageUse) isOfImagesThatStay() bool {
 	return u.c.Image.More == 0 && (!u.c.Image.SameTwice ||
 		slices.ContainsFunc(u.content.Layers, func(d string) bool { return slices.Contains(u.shared, d) }))
+}
+
+// isForeign reports whether the image's config is for another platform.
+func (u *imageUse) isForeign() bool {
+	i := u.c.Image
+	return !platforms.Default().Match(platforms.Normalize(ocispec.Platform{
+		OS: cmp.Or(i.OS, "linux"), Architecture: cmp.Or(i.Architecture, runtime.GOARCH), Variant: i.Variant, OSFeatures: i.OSFeatures,
+	}))
 }
 
 // attempts makes kubelet's attempts to start a container in a new pod, three at
