@@ -384,7 +384,7 @@ func (u *imageUse) runcPod(ctx context.Context, p shapePod) error {
 			return &shapeError{"a pod on the host runs without an image", errors.New("pull policy Never")}
 		}
 		return nil
-	case stockRuns > 0 && last != nil && u.isOfImagesThatStay() && u.isForeign() && strings.Contains(last.Error(), "parent snapshot"):
+	case stockRuns > 0 && last != nil && !u.onHost && u.isOfImagesThatStay() && u.isForeign() && strings.Contains(last.Error(), "parent snapshot"):
 		// A fault that is known: a guest had it first, the content of all its layers is
 		// there for another image, and containerd unpacks nothing for another platform
 		// when it creates a container.
