@@ -35,6 +35,7 @@ LINE_TAG := containerd_$(subst .,_,$(LINE))
 # For what runs the go command by itself, in whatever directory.
 LINE_GOFLAGS := -tags=$(LINE_TAG) $(addprefix -modfile=,$(abspath $(wildcard patches/containerd/v$(LINE)/go.mod)))
 CONTAINERD := github.com/containerd/containerd/v2
+CONTAINERD_API := github.com/containerd/containerd/api
 CONTAINERD_VERSION := $(shell $(GO) list -m $(LINE_MODFILE) -f '{{.Version}}' $(CONTAINERD))
 
 .DEFAULT_GOAL := help
@@ -400,7 +401,8 @@ BENCH_RUN = cd integration && $(GO) run $(BENCH_MODFILE) ./bench
 bench-modfile: patched
 	@mkdir -p $(BENCH)
 	cp integration/go.mod integration/go.sum $(BENCH)/
-	$(GO) mod edit -replace=$(CONTAINERD)=$(CURDIR)/$(LINE_DIR)/patched/containerd $(BENCH)/go.mod
+	$(GO) mod edit -replace=$(CONTAINERD)=$(CURDIR)/$(LINE_DIR)/patched/containerd \
+		-replace=$(CONTAINERD_API)=$(CONTAINERD_API)@$$($(GO) list $(LINE_MODFILE) -m -f '{{.Version}}' $(CONTAINERD_API)) $(BENCH)/go.mod
 .PHONY: bench-modfile
 
 bench: deps build test-tools bench-binaries bench-modfile ## measure everything against its peers (twelve minutes); results go to integration/bench/

@@ -46,6 +46,7 @@ var knownShapes = []struct {
 	{"os.features", images.Shape{More: 1, OSFeatures: []string{"win32k"}}, false},
 	{"another os", images.Shape{More: 1, OS: "windows"}, false},
 	{"another architecture", images.Shape{More: 1, Architecture: "arm64"}, false},
+	{"another architecture, of layers that the host has for another image", images.Shape{SameTwice: true, Architecture: "wasm"}, false},
 	{"another architecture in an index of this one", images.Shape{More: 1, Architecture: "arm64", Indexes: 1}, false},
 	{"another variant", images.Shape{More: 1, Variant: "v9"}, false},
 	{"a layer of an unknown media type", images.Shape{More: 2, LayerType: "application/octet-stream"}, false},
@@ -126,7 +127,7 @@ func TestPatchKnownShapesOtherwise(t *testing.T) {
 			} {
 				for way, c := range map[string]shapeCase{
 					"pulled for no pod":          {Before: "pull", Pods: []shapePod{{Policy: harness.Never}}},
-					"imported":                   {Before: "import", Pods: []shapePod{{Policy: harness.Never}}},
+					"imported":                   {Before: "import", Pods: []shapePod{{Policy: harness.Never}, {Runc: true}}},
 					"pulled by ctr":              {Before: "ctr", Pods: []shapePod{{}}},
 					"image volume":               {Pods: []shapePod{{Volume: true}, {Runc: true, Volume: true}}},
 					"image volume, after runc's": {Pods: []shapePod{{Runc: true, Volume: true}, {Volume: true}}},

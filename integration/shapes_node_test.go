@@ -384,10 +384,6 @@ func (u *imageUse) runcPod(ctx context.Context, p shapePod) error {
 			return &shapeError{"a pod on the host runs without an image", errors.New("pull policy Never")}
 		}
 		return nil
-	case stockRuns > 0 && last != nil && !u.onHost && u.isOfImagesThatStay() && u.isForeign() && strings.Contains(last.Error(), "parent snapshot"):
-		// A fault that is known: a guest had it first, the content of all its layers is
-		// there for another image, and containerd unpacks nothing for another platform
-		// when it creates a container.
 	case stockRuns > 0 && last != nil:
 		return &shapeError{"a pod on the host never runs, on stock containerd it does", last}
 	case stockRuns > 0 && len(errs) > stockRuns && !strings.Contains(errs[0].Error(), "has to be pulled for this snapshotter"):
@@ -395,6 +391,9 @@ func (u *imageUse) runcPod(ctx context.Context, p shapePod) error {
 	case u.c.Image.Indexes > 0 && u.c.Image.NoPlatform && stockRuns == 0 && last == nil:
 		// Stock containerd cannot tell the size of an image whose index names
 		// platforms for others.
+	case stockRuns == 0 && last == nil && u.isForeign():
+		// Stock containerd's client unpacks for any platform, its transfer service for any
+		// of one os, and CreateContainer for the host's only; here it unpacks for any, too.
 	case stockRuns == 0 && last == nil && !asVolume:
 		return &shapeError{"a pod on the host runs, on stock containerd it does not", errors.New("no error")}
 	}
