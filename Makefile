@@ -405,8 +405,8 @@ bench-modfile: patched
 		-replace=$(CONTAINERD_API)=$(CONTAINERD_API)@$$($(GO) list $(LINE_MODFILE) -m -f '{{.Version}}' $(CONTAINERD_API)) $(BENCH)/go.mod
 .PHONY: bench-modfile
 
-bench: deps build test-tools bench-binaries bench-modfile ## measure everything against its peers (twelve minutes); results go to integration/bench/
-	$(BENCH_RUN) -out bench
+bench: deps build test-tools bench-binaries bench-modfile ## measure everything against its peers (twelve minutes); results go to integration/bench/vLINE/
+	$(BENCH_RUN) -out bench/v$(LINE)
 .PHONY: bench
 
 bench-short: deps build test-tools bench-binaries bench-modfile ## the same on a small scale (2 minutes), which `make test` runs too; only prints
