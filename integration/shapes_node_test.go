@@ -62,7 +62,7 @@ type shapesNode struct {
 	baseline []string
 	shared   []string // layers of the images that stay
 
-	noRunc bool // no pod starts on the host with this pause image, and neither on stock containerd
+	noRunc bool // stock containerd, the judge, starts no pod on the host with this pause image
 
 	stock     *harness.Node
 	stockRuns map[string]int // at which attempt a pod on the host runs there, by case; 0 is never
@@ -128,7 +128,7 @@ func (n *shapesNode) warmUp(ctx context.Context) error {
 			}
 			return pod.Remove(ctx)
 		}()
-		if err != nil && handler == harness.Runc {
+		if handler == harness.Runc && (err != nil || isForeign(n.conf.Pause)) {
 			runs, stockErr := n.onStock(ctx, "pause", func(stock *harness.Node) (int, error) {
 				pod, err := stock.RunPod(ctx, harness.PodSpec{Handler: harness.Runc})
 				if err != nil {
@@ -391,7 +391,7 @@ func (u *imageUse) runcPod(ctx context.Context, p shapePod) error {
 	case u.c.Image.Indexes > 0 && u.c.Image.NoPlatform && stockRuns == 0 && last == nil:
 		// Stock containerd cannot tell the size of an image whose index names
 		// platforms for others.
-	case stockRuns == 0 && last == nil && u.isForeign():
+	case stockRuns == 0 && last == nil && isForeign(u.c.Image):
 		// Stock containerd's client unpacks for any platform, its transfer service for any
 		// of one os, and CreateContainer for the host's only; here it unpacks for any, too.
 	case stockRuns == 0 && last == nil && !asVolume:
@@ -409,9 +409,8 @@ func (u *imageUse) isOfImagesThatStay() bool {
 		slices.ContainsFunc(u.content.Layers, func(d string) bool { return slices.Contains(u.shared, d) }))
 }
 
-// isForeign reports whether the image's config is for another platform.
-func (u *imageUse) isForeign() bool {
-	i := u.c.Image
+// isForeign reports whether an image's config is for another platform.
+func isForeign(i images.Shape) bool {
 	return !platforms.Default().Match(platforms.Normalize(ocispec.Platform{
 		OS: cmp.Or(i.OS, "linux"), Architecture: cmp.Or(i.Architecture, runtime.GOARCH), Variant: i.Variant, OSFeatures: i.OSFeatures,
 	}))
