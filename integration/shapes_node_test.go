@@ -229,6 +229,8 @@ type imageUse struct {
 	// asVolume: a pod on the host had it as a volume, whose pull, or whose mount, may have
 	// unpacked what no container's pull does.
 	asVolume bool
+	// held: a pod on the host has it, and with it its layers, also if the image is removed.
+	held bool
 	// removed: how the image came to the node no longer counts.
 	removed bool
 }
@@ -380,7 +382,7 @@ func (u *imageUse) runcPod(ctx context.Context, p shapePod) error {
 	u.asVolume = u.asVolume || p.Volume
 	switch {
 	case p.Policy == harness.Never && !u.onHost:
-		if last == nil && !asVolume && !u.isOfImagesThatStay() {
+		if last == nil && !asVolume && !u.held && !u.isOfImagesThatStay() {
 			return &shapeError{"a pod on the host runs without an image", errors.New("pull policy Never")}
 		}
 		return nil
@@ -397,7 +399,7 @@ func (u *imageUse) runcPod(ctx context.Context, p shapePod) error {
 	case stockRuns == 0 && last == nil && !asVolume:
 		return &shapeError{"a pod on the host runs, on stock containerd it does not", errors.New("no error")}
 	}
-	u.onHost = u.onHost || last == nil
+	u.onHost, u.held = u.onHost || last == nil, u.held || last == nil
 	return nil
 }
 
