@@ -416,3 +416,33 @@ func scrape(t *testing.T, address string) string {
 	require.NoError(t, err)
 	return string(body)
 }
+
+// What was removed just before containerd ended, and was not collected, is collected when
+// it is back, also if nothing else is removed then.
+func TestPatchEndBeforeCollection(t *testing.T) {
+	n, reg := newMixedNode(t, harness.Options{})
+	img := push(t, reg, images.Spec{Name: "app"})
+	leftovers := func() []string {
+		t.Helper()
+		require.NoError(t, n.GC(t.Context()))
+		all, err := n.Leftovers(t.Context())
+		require.NoError(t, err)
+		return slices.DeleteFunc(all, func(what string) bool { return !strings.HasPrefix(what, "file ") })
+	}
+	for _, handler := range []string{harness.Guest, harness.Runc} {
+		pod := runPod(t, n, harness.PodSpec{Handler: handler})
+		stays := run(t, pod, harness.ContainerSpec{Image: img.Ref})
+		before := leftovers()
+		goes := run(t, pod, harness.ContainerSpec{Image: img.Ref})
+		require.NoError(t, goes.Stop(t.Context(), 0))
+		require.NoError(t, goes.Remove(t.Context()))
+		require.NoError(t, n.Kill())
+		require.NoError(t, n.Up(t.Context()))
+		var err error
+		if after := leftovers(); !slices.Equal(before, after) {
+			err = fmt.Errorf("on the node is %q, before was %q", after, before)
+		}
+		requireFixed(t, n, "0023", err, "on the node is")
+		requireRuns(t, stays, img)
+	}
+}
