@@ -128,7 +128,7 @@ func (n *shapesNode) warmUp(ctx context.Context) error {
 			}
 			return pod.Remove(ctx)
 		}()
-		if handler == harness.Runc && (err != nil || isForeign(n.conf.Pause)) {
+		if handler == harness.Runc {
 			runs, stockErr := n.onStock(ctx, "pause", func(stock *harness.Node) (int, error) {
 				pod, err := stock.RunPod(ctx, harness.PodSpec{Handler: harness.Runc})
 				if err != nil {
