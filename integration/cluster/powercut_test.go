@@ -137,23 +137,27 @@ func (p *powerCuts) round(t *testing.T, serial int) {
 	for name := range p.oldPods {
 		require.NoError(t, control.API.DeletePod(t.Context(), name, time.Second))
 	}
+	span := 4 * time.Second
+	if podTimeout > 2*time.Minute {
+		span = 45 * time.Second // emulated
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	removed := make(chan struct{})
+	// Before the cut, or not any more.
+	removal := time.Now().Add(time.Duration(p.random.Int64N(int64(span + span/4))))
 	go func() {
 		defer close(removed)
 		for ctx.Err() == nil {
 			// Until the power goes; kubelet makes the image come back. Each collection
 			// flushes the disk, so there is some time in between.
-			_ = p.Node.RemoveImage(ctx, p.old.Ref)
+			if time.Now().After(removal) {
+				_ = p.Node.RemoveImage(ctx, p.old.Ref)
+			}
 			_ = p.Node.GC(ctx)
 			time.Sleep(rand.N(3 * time.Second))
 		}
 	}()
-	span := 4 * time.Second
-	if podTimeout > 2*time.Minute {
-		span = 45 * time.Second // emulated
-	}
 	moment := time.Duration(p.random.Int64N(int64(span)))
 	time.Sleep(moment)
 	// Whoever is told that a container was made finds it after the cut. To make it
@@ -194,6 +198,7 @@ func (p *powerCuts) round(t *testing.T, serial int) {
 	}
 	p.requireUsableOrAbsent(t, p.old, serial)
 	p.requireNothingLost(t)
+	p.sh(t, "sync") // kubelet may have pulled it anew for the host, see syncedPulls
 	p.old, p.oldPods = fresh, pods
 }
 
@@ -263,6 +268,10 @@ func (p *powerCuts) requireUsableOrAbsent(t *testing.T, img image, serial int) {
 			return isReady(pod) || (len(s) == 1 && s[0].State.Waiting != nil && s[0].State.Waiting.Reason == "ErrImageNeverPull")
 		})
 		t.Logf("%s, which was being removed, is there for %s pods: %t", img.Name, handler, isReady(got))
+		if isReady(got) {
+			p.requireRuns(t, pod.Name, "main", img)
+			require.Equal(t, "1000:1000 1000 2000", ids(t, p.node, pod.Name))
+		}
 		p.delete(t, pod.Name)
 	}
 }
