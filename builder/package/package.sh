@@ -46,9 +46,8 @@ rpm() {
 		{ cat "$work/rpm/log" >&2 && return 1; }
 }
 mkdir -p "$work/rpm/SOURCES"
-# Not with the modes that the umask leaves: they are in the source package.
-install --mode 644 --preserve-timestamps "$tree/builder/package/$NAME.spec" "$work/rpm/"
-install --mode 644 "$dist/$source.tar.xz" "$work/rpm/SOURCES/"
+cp -p "$tree/builder/package/$NAME.spec" "$work/rpm/"
+cp "$dist/$source.tar.xz" "$work/rpm/SOURCES/"
 touch --date "@$SOURCE_DATE_EPOCH" "$work/rpm/SOURCES/$source.tar.xz"
 # Since rpm 4.18 the expanded spec is in it, with the directories.
 (cd "$work/rpm" && rpm --define '_topdir /proc/self/cwd' -bs "$NAME.spec")
