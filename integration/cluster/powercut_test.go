@@ -190,8 +190,7 @@ func (p *powerCuts) round(t *testing.T, serial int) {
 	p.sh(t, fmt.Sprintf("ctr snapshots --snapshotter %s mounts /mnt made-%d; ctr containers delete made-%[2]d", harness.Snapshotter, serial))
 	for name, img := range pods {
 		p.waitAnew(t, name, before[name])
-		p.requireRuns(t, name, "main", img)
-		require.Equal(t, "1000:1000 1000 2000", ids(t, p.node, name))
+		p.requireUsable(t, name, img)
 	}
 	for name := range p.oldPods {
 		p.waitGone(t, name)
@@ -251,10 +250,17 @@ func (p *powerCuts) requireSteady(t *testing.T) {
 	t.Helper()
 	for name, id := range p.steady {
 		p.steady[name] = containerID(p.waitAnew(t, name, id))
-		require.Equal(t, p.img.Name+"\n", p.exec(t, name, "main", "cat", "/etc/image-name"))
-		require.Equal(t, "1000:1000 1000 2000", ids(t, p.node, name))
+		p.requireUsable(t, name, p.img)
 	}
 	p.requireRestarted(t)
+}
+
+// requireUsable holds that a pod runs its image, as the user and with the groups that
+// the image names.
+func (p *powerCuts) requireUsable(t *testing.T, pod string, img image) {
+	t.Helper()
+	p.requireRuns(t, pod, "main", img)
+	require.Equal(t, "1000:1000 1000 2000", ids(t, p.node, pod))
 }
 
 // requireUsableOrAbsent: a pod that may not pull says which.
@@ -269,8 +275,7 @@ func (p *powerCuts) requireUsableOrAbsent(t *testing.T, img image, serial int) {
 		})
 		t.Logf("%s, which was being removed, is there for %s pods: %t", img.Name, handler, isReady(got))
 		if isReady(got) {
-			p.requireRuns(t, pod.Name, "main", img)
-			require.Equal(t, "1000:1000 1000 2000", ids(t, p.node, pod.Name))
+			p.requireUsable(t, pod.Name, img)
 		}
 		p.delete(t, pod.Name)
 	}
