@@ -256,6 +256,16 @@ test-tools: ## build the test equipment (the stand-in guest) into .build/
 	@cd integration && CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -o ../$(BUILD_DIR)/containerd-shim-guest-v2 ./shim-guest
 .PHONY: test-tools
 
+RACE_BIN := $(LINE_DIR)/race
+
+# Without checkptr, which -race brings: containerd's overlayfs does not start with it where
+# a directory is small (continuity, fs/dtype_linux.go).
+race: build ## build containerd with Go's race detector, and links to the other programs, into .build/vLINE/race/
+	@mkdir -p $(RACE_BIN)
+	@$(subst CGO_ENABLED=0,CGO_ENABLED=1,$(GO_BUILD)) -race -gcflags=all=-d=checkptr=0 -o $(RACE_BIN)/ ./builder/containerd
+	@ln -sfn $(addprefix $(abspath $(BIN))/,$(filter-out containerd,$(PROGRAMS)) nydus-overlayfs-guest-pull) $(RACE_BIN)/
+.PHONY: race
+
 demo: deps build test-tools ## pull an image in a guest and see it happen (IMAGE=reference: an image of yours)
 	@cd integration && IMAGE='$(IMAGE)' $(GO) run ./demo
 .PHONY: demo
@@ -306,7 +316,15 @@ INTEGRATION_TIMEOUT := 45m
 integration: deps build other-lines test-tools bench-binaries bench-modfile ## run the built binaries against a registry, with runc and with the stand-in guest
 	cd integration && $(GO) test -count=1 -timeout $(INTEGRATION_TIMEOUT) $$($(GO) list ./... | grep -v /bench$$)
 	cd integration && $(GO) test -count=1 $(BENCH_MODFILE) ./bench
+	$(MAKE) integration-race
 .PHONY: integration
+
+# Those in which most happens at the same time; all, for an empty one.
+RACE_TESTS ?= ^(TestRestart|TestConcurrentPulls|TestSixteenPodsAtOnce|TestPatchPodsAtTheSameTime|TestUsersComeBack)
+integration-race: race other-lines test-tools bench-binaries ## run integration tests against a containerd with the race detector (RACE_TESTS=: all)
+	cd integration && GUEST_PULL_KILLS= GUEST_PULL_SHAPES= GUEST_PULL_CONTAINERS= GUEST_PULL_CONTAINERD=$(abspath $(RACE_BIN)) \
+		$(GO) test -count=1 -timeout $(INTEGRATION_TIMEOUT) -run '$(RACE_TESTS)' .
+.PHONY: integration-race
 
 # A Kubernetes cluster of one node, built from source once: etcd, kube-apiserver
 # and kubelet as released, by the versions in integration/kubernetes/go.mod.
@@ -451,6 +469,7 @@ test-line: deps patched ## what `make test` runs of one line, after it has run f
 	GOFLAGS='$(LINE_GOFLAGS)' $(GO) test ./plugin/ ./builder/containerd/
 	GOFLAGS='$(LINE_GOFLAGS)' $(GO) test ./plugin/users/ ./plugin/snapshotter/... -args -test.root
 	$(MAKE) build other-lines test-tools bench-binaries
+	$(MAKE) integration-race
 	cd integration && $(GO) test -count=1 -timeout $(INTEGRATION_TIMEOUT) -run '^TestPatch|^TestMoveBetweenLines$$|^TestUsers|^TestSandboxer|^TestEnable$$|^TestGuestConfig$$' .
 	$(MAKE) e2e-kubernetes-core
 	$(call ROW,those of what differs: pass)
@@ -468,6 +487,7 @@ test-all: export GUEST_PULL_KILLS := 200
 test-all: export GUEST_PULL_SHAPES := 2000
 test-all: export GUEST_PULL_CONTAINERS := 1000
 test-all: export GUEST_PULL_CUTS := 50
+test-all: export RACE_TESTS :=
 test-all: INTEGRATION_TIMEOUT := 3h
 test-all: new-figures lint unit unit-patched integration fuzz upstream e2e-kubernetes kubelets test-packages test-node package-reproducible ## all tests: what `make test` runs, on a large scale, containerd's own suites and the packages (hours); run it before a release
 	$(call ROW,pass)

@@ -17,6 +17,7 @@
 package integration_test
 
 import (
+	"fmt"
 	"os"
 	"syscall"
 	"testing"
@@ -119,6 +120,28 @@ func TestRestart(t *testing.T) {
 			require.NoError(t, stays.Stop(ctx, 10*time.Second))
 			require.NoError(t, stays.Remove(ctx))
 		})
+	}
+}
+
+// While CRI finds its images again, containerd loads the rest of its plugins. Where the
+// one reads what the other writes, a start ends in "concurrent map read and map write",
+// once in a thousand; the race detector (make race) sees it in nearly each.
+func TestRestartWithImages(t *testing.T) {
+	ctx := t.Context()
+	n, reg := newMixedNode(t, harness.Options{})
+	var all []image
+	for i := range 10 {
+		img := push(t, reg, images.Spec{Name: fmt.Sprintf("app-%d", i), Layers: 2, LayerSize: 1 << 10})
+		_, err := n.Pull(ctx, harness.PullSpec{Image: img.Ref, Handler: harness.Runc})
+		require.NoError(t, err)
+		all = append(all, img)
+	}
+	for range 5 {
+		require.NoError(t, n.Down())
+		require.NoError(t, n.Up(ctx))
+	}
+	for _, img := range all {
+		requireListedOnce(t, n, img)
 	}
 }
 

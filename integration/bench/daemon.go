@@ -23,12 +23,9 @@ import (
 	"io"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
@@ -204,16 +201,15 @@ func (b *bench) startAndStop(ctx context.Context, nodes []*node) (start, memory 
 
 // running is a node's containerd, and the daemon that it may need.
 type running struct {
-	took       float64 // seconds from exec to the first answer
-	containerd *exec.Cmd
-	done       chan error
-	daemon     *daemon
+	took   float64 // seconds from exec to the first answer
+	node   *harness.Node
+	daemon *daemon
 }
 
-// start starts containerd in the way of harness.Node.Up, but looks more often
-// whether it answers.
+// start starts containerd as harness.Node.Up does, but looks more often whether it
+// answers.
 func (n *node) start(ctx context.Context) (*running, error) {
-	r := &running{done: make(chan error, 1)}
+	r := &running{node: n.harness}
 	if n.daemon != nil {
 		d, err := n.daemon()
 		if err != nil {
@@ -221,27 +217,14 @@ func (n *node) start(ctx context.Context) (*running, error) {
 		}
 		r.daemon = d
 	}
-	r.containerd = exec.Command(filepath.Join(n.binary, "containerd"), "--config", filepath.Join(n.harness.Dir(), "config.toml"))
-	r.containerd.Env = append(os.Environ(), "PATH="+n.binary+":"+os.Getenv("PATH"))
-	r.containerd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	begin := time.Now()
-	started := make(chan error)
-	go func() {
-		runtime.LockOSThread() // the signal comes when this thread ends
-		defer runtime.UnlockOSThread()
-		err := r.containerd.Start()
-		started <- err
-		if err == nil {
-			r.done <- r.containerd.Wait()
-		}
-	}()
-	if err := <-started; err != nil {
+	if err := n.harness.Launch(); err != nil {
 		return nil, errors.Join(err, r.daemon.stop())
 	}
 	err := n.answers(ctx)
 	r.took = time.Since(begin).Seconds()
 	if err != nil {
-		return nil, errors.Join(err, r.stop())
+		return nil, errors.Join(fmt.Errorf("%w\n%s", err, n.harness.LogTail(10)), r.stop())
 	}
 	return r, nil
 }
@@ -256,8 +239,8 @@ func (n *node) answers(ctx context.Context) error {
 			conn.Close()
 			break
 		}
-		if ctx.Err() != nil {
-			return fmt.Errorf("%s: containerd does not listen: %w", n.name, ctx.Err())
+		if err := errors.Join(n.harness.Ended(), ctx.Err()); err != nil {
+			return fmt.Errorf("%s: containerd does not listen: %w", n.name, err)
 		}
 		time.Sleep(often)
 	}
@@ -270,7 +253,7 @@ func (n *node) answers(ctx context.Context) error {
 		if _, err = runtimeapi.NewRuntimeServiceClient(conn).Version(ctx, &runtimeapi.VersionRequest{}); err == nil {
 			return nil
 		}
-		if ctx.Err() != nil {
+		if err := errors.Join(n.harness.Ended(), ctx.Err()); err != nil {
 			return fmt.Errorf("%s: containerd does not answer: %w", n.name, err)
 		}
 		time.Sleep(often)
@@ -278,7 +261,7 @@ func (n *node) answers(ctx context.Context) error {
 }
 
 func (r *running) resident() (float64, error) {
-	bytes, err := resident(r.containerd.Process.Pid)
+	bytes, err := resident(r.node.Pid())
 	if err != nil || r.daemon == nil {
 		return bytes, err
 	}
@@ -286,13 +269,7 @@ func (r *running) resident() (float64, error) {
 	return bytes + more, err
 }
 
-func (r *running) stop() error {
-	err := r.containerd.Process.Signal(syscall.SIGTERM)
-	if err == nil {
-		err = <-r.done
-	}
-	return errors.Join(err, r.daemon.stop())
-}
+func (r *running) stop() error { return errors.Join(r.node.Down(), r.daemon.stop()) }
 
 // reread reads a file into the page cache anew. How much of a program is resident
 // depends on how large the pieces are in which the cache has it: the same binary was

@@ -216,6 +216,7 @@ func (n *Node) env() []string {
 		"TMPDIR=" + os.TempDir(),
 		markEnv + "=" + n.id,
 		guest.ConfigEnv + "=" + n.guestConf(),
+		"GORACE=exitcode=0", // a report is in the log, for dataRaces
 	}
 	for _, k := range []string{"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "GOCOVERDIR"} {
 		if v, ok := os.LookupEnv(k); ok {
@@ -232,9 +233,9 @@ type process struct {
 	err  error
 }
 
-// Up starts containerd after Down or Kill, on what it left, and returns when it
-// serves CRI.
-func (n *Node) Up(ctx context.Context) error {
+// Launch starts containerd after Down or Kill, on what it left, and does not wait until
+// it serves anything.
+func (n *Node) Launch() error {
 	if n.process != nil {
 		return errors.New("containerd is running already")
 	}
@@ -268,7 +269,25 @@ func (n *Node) Up(ctx context.Context) error {
 		return fmt.Errorf("start containerd: %w", err)
 	}
 	n.process = p
+	return nil
+}
 
+// Ended returns nil while the containerd that Launch started runs, and then why it ended.
+func (n *Node) Ended() error {
+	select {
+	case <-n.process.done:
+		return fmt.Errorf("containerd ended while it was starting: %s\n%s", n.process.cmd.ProcessState, n.LogTail(30))
+	default:
+		return nil
+	}
+}
+
+// Up starts containerd after Down or Kill, on what it left, and returns when it
+// serves CRI.
+func (n *Node) Up(ctx context.Context) error {
+	if err := n.Launch(); err != nil {
+		return err
+	}
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	for {
@@ -288,9 +307,10 @@ func (n *Node) Up(ctx context.Context) error {
 			return fmt.Errorf("containerd runs without CRI, as a plugin that it needs did not start: %w\n%s", err, n.LogTail(30))
 		}
 		select {
-		case <-p.done:
+		case <-n.process.done:
+			err := n.Ended()
 			n.process = nil
-			return fmt.Errorf("containerd ended while it was starting: %w\n%s", p.err, n.LogTail(30))
+			return err
 		case <-ctx.Done():
 			return fmt.Errorf("containerd does not serve CRI: %w\n%s", err, n.LogTail(30))
 		case <-time.After(20 * time.Millisecond):

@@ -18,6 +18,9 @@ package harness
 
 import (
 	"context"
+	"os"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -45,6 +48,9 @@ func New(t testing.TB, o Options) *Node {
 				t.Error(err)
 			}
 		}
+		for _, report := range n.dataRaces() {
+			t.Errorf("containerd's race detector says:\n%s", report)
+		}
 		if t.Failed() {
 			t.Logf("the last lines of containerd's log:\n%s", tail(n.LogTail(maxLines)))
 			if o.Registry != nil {
@@ -56,6 +62,24 @@ func New(t testing.TB, o Options) *Node {
 		}
 	})
 	return n
+}
+
+var (
+	dataRace = regexp.MustCompile(`(?s)WARNING: DATA RACE\n.*?={18}`)
+	// containerd's own: CRI has one object for each container, in which any call of Info
+	// leaves what it read (client/container.go).
+	containerInfoRace = regexp.MustCompile(`^WARNING: DATA RACE\n(?s:.*?)at 0x\w+ by .*\n  \S+/client\.\(\*container\)\.Info\(\)\n(?s:.*?)at 0x\w+ by .*\n  \S+/client\.\(\*container\)\.Info\(\)\n`)
+)
+
+// dataRaces returns what the race detector has reported, of a containerd that is built
+// with it (make race). A race may end a containerd without it ("concurrent map read and
+// map write"), once in a thousand starts.
+func (n *Node) dataRaces() []string {
+	log, err := os.ReadFile(n.log())
+	if err != nil {
+		return []string{err.Error()}
+	}
+	return slices.DeleteFunc(dataRace.FindAllString(string(log), -1), containerInfoRace.MatchString)
 }
 
 const maxLines = 100
