@@ -57,7 +57,8 @@ type Config struct {
 	Users users.Config
 }
 
-var mountType = regexp.MustCompile(`^fuse\.(/?([A-Za-z0-9_+-][A-Za-z0-9._+-]*/)*[A-Za-z0-9_+-][A-Za-z0-9._+-]*)$`)
+// mountHelper is the name or the absolute path of a program.
+var mountHelper = regexp.MustCompile(`^([A-Za-z0-9_+-][A-Za-z0-9._+-]*|(/[A-Za-z0-9._+-]+)+)$`)
 
 // Validate reports all that is wrong with a configuration. Each error names the
 // key, the value and what is accepted, and wraps errdefs.ErrInvalidArgument.
@@ -68,8 +69,8 @@ func (c Config) Validate() error {
 	}
 
 	if c.MountType != "" {
-		m := mountType.FindStringSubmatch(c.MountType)
-		if m == nil || (m[1][0] != '/' && strings.Contains(m[1], "/")) {
+		helper, ok := strings.CutPrefix(c.MountType, "fuse.")
+		if !ok || !mountHelper.MatchString(helper) || filepath.Clean(helper) != helper {
 			refuse("mount_type = %q: want \"fuse.\" and the name or the absolute path of the mount helper, as in %q", c.MountType, DefaultMountType)
 		}
 	}

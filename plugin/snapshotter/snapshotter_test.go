@@ -716,6 +716,7 @@ func TestValidate(t *testing.T) {
 		{},
 		{MountType: "fuse.guest-pull-overlayfs"},
 		{MountType: "fuse./usr/local/bin/nydus-overlayfs-guest-pull"},
+		{MountType: "fuse./root/.local/bin/nydus-overlayfs-guest-pull"},
 		{MountOptions: []string{"volatile", "metacopy=on"}},
 	} {
 		assert.NoError(t, c.Validate(), "%+v", c)
@@ -723,6 +724,7 @@ func TestValidate(t *testing.T) {
 	for key, values := range map[string][]Config{
 		"mount_type": {
 			{MountType: "overlay"}, {MountType: "fuse."}, {MountType: "fuse3.x"}, {MountType: "fuse.a/b"}, {MountType: "fuse./a/../b"},
+			{MountType: "fuse./a/."}, {MountType: "fuse./.."}, {MountType: "fuse..x"},
 			{MountType: "fuse./a//b"}, {MountType: "fuse.a b"}, {MountType: "fuse.a;b"}, {MountType: "fuse.a\n"}, {MountType: "fuse./"},
 		},
 		"resolve_users": {{Users: users.Config{Resolve: "on"}}, {Users: users.Config{Resolve: "Registry"}}},
