@@ -233,26 +233,31 @@ func isManifestType(t string) bool {
 	return t == ocispec.MediaTypeImageManifest || t == "application/vnd.docker.distribution.manifest.list.v2+json"
 }
 
-// refusal returns the errors one of which says why no guest can run the image; nil
-// for one that it can run.
-func refusal(s images.Shape) []string {
+// refusal returns the errors one of which says why no guest can run the image; none for
+// one that it can run. Of several reasons any will do: who looks first depends on who had
+// the image before.
+func refusal(s images.Shape) (why []string) {
 	layers := s.More + 1
 	if s.SameTwice {
 		layers++
 	}
-	switch {
-	case s.Indexes > 0 && s.OnlyOthers:
-		return []string{noMatch, noImage} // the artifact without a platform is for all of them
-	case s.ConfigSize > 8<<20:
-		return []string{noConfig}
-	case s.ArtifactType != "", s.NoLayers:
-		return []string{noImage, noLayers, noMatching}
-	case layers+len(s.Blobs) > 500, s.ConfigType != "" && !isConfigType(s.ConfigType), slices.ContainsFunc(append(s.Blobs, s.LayerType), isManifestType):
-		return []string{noImage}
-	case len(s.Blobs) > 0:
-		return []string{noImage, noMatching, "layers and the configuration", noMatch} // the third one by the guest
-	case s.Indexes > 0 && s.NoPlatform && !platforms.Default().Match(s.Platform()):
-		return []string{noMatch} // nothing but the config tells what it is for
+	if s.Indexes > 0 && s.OnlyOthers {
+		why = append(why, noMatch, noImage) // the artifact without a platform is for all of them
 	}
-	return nil
+	if s.ConfigSize > 8<<20 {
+		why = append(why, noConfig)
+	}
+	if s.ArtifactType != "" || s.NoLayers {
+		why = append(why, noImage, noLayers, noMatching)
+	}
+	if layers+len(s.Blobs) > 500 || s.ConfigType != "" && !isConfigType(s.ConfigType) || slices.ContainsFunc(append(s.Blobs, s.LayerType), isManifestType) {
+		why = append(why, noImage)
+	}
+	if len(s.Blobs) > 0 {
+		why = append(why, noImage, noMatching, "layers and the configuration", noMatch) // the third one by the guest
+	}
+	if s.Indexes > 0 && s.NoPlatform && !platforms.Default().Match(s.Platform()) {
+		why = append(why, noMatch) // nothing but the config tells what it is for
+	}
+	return why
 }
