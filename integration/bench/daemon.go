@@ -224,7 +224,7 @@ func (n *node) start(ctx context.Context) (*running, error) {
 	err := n.answers(ctx)
 	r.took = time.Since(begin).Seconds()
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("%w\n%s", err, n.harness.LogTail(10)), r.stop())
+		return nil, errors.Join(fmt.Errorf("%w\n%s", err, n.harness.LogTail(30)), r.stop())
 	}
 	return r, nil
 }
@@ -253,8 +253,8 @@ func (n *node) answers(ctx context.Context) error {
 		if _, err = runtimeapi.NewRuntimeServiceClient(conn).Version(ctx, &runtimeapi.VersionRequest{}); err == nil {
 			return nil
 		}
-		if err := errors.Join(n.harness.Ended(), ctx.Err()); err != nil {
-			return fmt.Errorf("%s: containerd does not answer: %w", n.name, err)
+		if ended := errors.Join(n.harness.Ended(), ctx.Err()); ended != nil {
+			return fmt.Errorf("%s: containerd does not answer: %w", n.name, errors.Join(err, ended))
 		}
 		time.Sleep(often)
 	}

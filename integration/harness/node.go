@@ -276,7 +276,7 @@ func (n *Node) Launch() error {
 func (n *Node) Ended() error {
 	select {
 	case <-n.process.done:
-		return fmt.Errorf("containerd ended while it was starting: %s\n%s", n.process.cmd.ProcessState, n.LogTail(30))
+		return fmt.Errorf("containerd ended while it was starting: %s", n.process.cmd.ProcessState)
 	default:
 		return nil
 	}
@@ -308,7 +308,7 @@ func (n *Node) Up(ctx context.Context) error {
 		}
 		select {
 		case <-n.process.done:
-			err := n.Ended()
+			err := fmt.Errorf("%w\n%s", n.Ended(), n.LogTail(30))
 			n.process = nil
 			return err
 		case <-ctx.Done():
